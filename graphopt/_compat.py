@@ -1,0 +1,173 @@
+"""The only module that touches torch's private modules, so that a new torch is ported in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TorchDynamoException
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Target = Callable[..., object]
+
+
+def dynamo_source(node: fx.Node) -> str | None:
+    """The name of the Python value that a placeholder of a Dynamo graph stands for, e.g. "L['x']"."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def aot_input_index(node: fx.Node) -> int | None:
+    """Which input of the Dynamo graph a placeholder of an AOTAutograd graph is, if it is one."""
+    index = getattr(node.meta.get("desc"), "idx", None)
+    return index if isinstance(index, int) and type(node.meta["desc"]).__name__ == "PlainAOTInput" else None
+
+
+def static_input_indices() -> list[int]:
+    """Indices of the inputs that are parameters, buffers or attributes of modules, in the graph being compiled."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return list(metadata.static_input_indices or []) if metadata is not None else []
+
+
+def is_control_flow(error: BaseException) -> bool:
+    """Whether Dynamo itself raised `error` to steer its tracing (restarts, graph breaks): never to be swallowed."""
+    return isinstance(error, TorchDynamoException) or type(error).__name__.endswith("RestartAnalysis")
+
+
+def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode | None:
+    """The fake tensor mode under which the graph's `meta["val"]` were made."""
+    values = [node.meta.get("val") for node in graph_module.graph.nodes]
+    return detect_fake_mode([value for value in values if isinstance(value, torch.Tensor)])
+
+
+@contextlib.contextmanager
+def fake_execution(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Run torch operations on the graph's fake values, keeping symbolic sizes symbolic."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    mode = fake_mode_of(graph_module) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        yield
+
+
+def trace(function: Target, arguments: Sequence[object], decompositions: dict[Any, Any]) -> fx.GraphModule:
+    """The ATen graph of `function(*arguments)` for fake arguments, decomposed by the table."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, decomposition_table=decompositions, _allow_non_fake_inputs=True)(*arguments)
+
+
+def aot(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[object],
+    *,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    inference: Callable[..., Any],
+    decompositions: dict[Any, Any],
+    serializable: bool,
+) -> Callable[..., Any]:
+    """AOTAutograd: functional ATen graphs go to the three compilers, in-place updates of inputs stay in the graph.
+
+    serializable: the compilers return Inductor's `OutputCode`, which torch's AOTAutograd cache can store.
+    """
+    from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.output_code import OutputCode
+
+    def dispatcher(compiler: Callable[..., Any]) -> Callable[..., Any]:
+        return SerializableAOTDispatchCompiler(OutputCode, compiler) if serializable else compiler
+
+    compiled: Callable[..., Any] = aot_autograd(
+        fw_compiler=dispatcher(forward),
+        bw_compiler=dispatcher(backward),
+        inference_compiler=dispatcher(inference),
+        decompositions=decompositions,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )(graph_module, inputs)
+    return compiled
+
+
+def inductor_decompositions() -> dict[Any, Any]:
+    """Inductor's table of decompositions, from operator to a function on tensors."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def inductor_compile(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool, is_backward: bool, config: dict[str, Any]
+) -> Callable[[list[Any]], Any]:
+    """Compile a decomposed ATen graph with Inductor. Returns a boxed callable (an `OutputCode`).
+
+    Every output keeps the strides that `meta["val"]` promises.
+    """
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx_inner, record_original_output_strides
+    from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
+
+    record_original_output_strides(graph_module)
+    output = graph_module.graph.output_node()
+    output.meta["user_visible_output_idxs"] = [
+        index for index, value in enumerate(output.args[0]) if isinstance(value, fx.Node)
+    ]
+    mode = fake_mode_of(graph_module)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inductor_config.patch(config))
+        if mode is not None:
+            stack.enter_context(V.set_fake_mode(mode))
+        code: Callable[[list[Any]], Any] = compile_fx_inner(
+            graph_module,
+            inputs,
+            static_input_idxs=static_input_indices(),
+            cudagraphs=BoxedBool(False),
+            graph_id=0,
+            is_inference=is_inference,
+            is_backward=is_backward,
+            boxed_forward_device_index=None,
+        )
+    return code
+
+
+@contextlib.contextmanager
+def compile_caches(directory: str, key: str) -> Iterator[None]:
+    """Keep all that torch writes while compiling inside `directory`, and salt its AOT cache with `key`.
+
+    AOTAutogradCache's own key does not name the backend: without the salt, the artifact of another backend, or of
+    other passes, would be served for the same model. Files are made private whatever the umask.
+    """
+    import torch.compiler.config as compiler_config
+
+    saved = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(directory, "triton")
+    umask = os.umask(0o077)
+    try:
+        with compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}|graphopt:{key}"):
+            yield
+    finally:
+        os.umask(umask)
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def prepare_dynamo() -> None:
+    """Make Dynamo keep float attributes (eps, scale) as constants of the graph, also under `dynamic=True`."""
+    import torch._dynamo.config as dynamo_config
+
+    dynamo_config.specialize_float = True

@@ -1,0 +1,112 @@
+"""From a Dynamo graph to functional ATen graphs whose inputs are named.
+
+The decomposition table is Inductor's without the operations in `KEPT`, which passes and reports want to see whole;
+`lowering.expand` decomposes them when nothing has claimed them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from graphopt import _compat
+
+aten = torch.ops.aten
+
+Kind = Literal["inference", "forward", "backward"]
+Role = Literal["weight", "buffer", "input"]
+Compiler = Callable[[fx.GraphModule, Sequence[Any], "GraphInfo"], Callable[[list[Any]], Any]]
+
+KEPT = (
+    aten.silu.default,
+    aten.gelu.default,
+    aten.native_layer_norm.default,
+    aten._fused_rms_norm.default,
+    aten._softmax.default,
+    aten.index_copy.default,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphInfo:
+    """What a captured graph is: for inference, or one half of training; kept in `graph_module.meta["graphopt"]`.
+
+    sources: for each placeholder the Python value it stands for ("L['self']._parameters['weight']"), "" if unknown.
+    roles: for each placeholder whether it is a weight, a buffer or an input of the call.
+    """
+
+    kind: Kind
+    sources: tuple[str, ...]
+    roles: tuple[Role, ...]
+
+    @property
+    def training(self) -> bool:
+        return self.kind != "inference"
+
+
+def info(graph_module: fx.GraphModule) -> GraphInfo:
+    """The `GraphInfo` of a captured graph; a graph made by hand counts as inference on unnamed inputs."""
+    known = graph_module.meta.get("graphopt")
+    if isinstance(known, GraphInfo):
+        return known
+    count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    return GraphInfo("inference", ("",) * count, ("input",) * count)
+
+
+@functools.cache
+def decompositions() -> dict[Any, Any]:
+    """The table that captured graphs are decomposed with."""
+    return {op: function for op, function in _compat.inductor_decompositions().items() if op not in KEPT}
+
+
+def capture(
+    dynamo_graph: fx.GraphModule, inputs: Sequence[Any], compile_graph: Compiler, *, cacheable: bool
+) -> Callable[..., Any]:
+    """Run AOTAutograd and hand each graph it makes to `compile_graph`; returns the callable for Dynamo.
+
+    A call under no_grad or inference_mode gives one "inference" graph, else a "forward" and a "backward" one.
+    cacheable: let torch's AOT cache keep what `compile_graph` returns (it must be an Inductor artifact).
+    """
+    sources = [
+        _compat.dynamo_source(node) or "" for node in dynamo_graph.graph.nodes if node.op == "placeholder"
+    ]
+
+    def compiler(kind: Kind) -> Callable[..., Any]:
+        def compile_captured(graph_module: fx.GraphModule, fake_inputs: Sequence[Any]) -> Any:
+            graph_info = _describe(graph_module, kind, sources)
+            graph_module.meta["graphopt"] = graph_info
+            return compile_graph(graph_module, fake_inputs, graph_info)
+
+        return compile_captured
+
+    return _compat.aot(
+        dynamo_graph,
+        inputs,
+        forward=compiler("forward"),
+        backward=compiler("backward"),
+        inference=compiler("inference"),
+        decompositions=decompositions(),
+        serializable=cacheable,
+    )
+
+
+def _describe(graph_module: fx.GraphModule, kind: Kind, sources: Sequence[str]) -> GraphInfo:
+    static = set(_compat.static_input_indices())
+    names, roles = [], []
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        index = _compat.aot_input_index(node)
+        name = sources[index] if index is not None and index < len(sources) else ""
+        role: Role = "input"
+        if index is not None and index in static:
+            role = "weight" if "_parameters[" in name else "buffer"
+        node.meta["source"], node.meta["role"] = name, role
+        names.append(name)
+        roles.append(role)
+    return GraphInfo(kind, tuple(names), tuple(roles))

@@ -1,0 +1,29 @@
+"""The errors graphopt raises: each says what is wrong, where, what is allowed and what to do."""
+
+
+class GraphoptError(Exception):
+    """Root of every error that graphopt raises on purpose."""
+
+
+class OptionError(GraphoptError, ValueError):
+    """An option is unknown or has a value that is not allowed; raised before any work is done."""
+
+
+class PassError(GraphoptError):
+    """A pass raised, or left a graph that breaks the pass contract (raised under `strict=True`)."""
+
+
+class LoweringError(GraphoptError):
+    """A graph could not be lowered to the chosen target (raised under `strict=True`)."""
+
+
+class VerificationError(GraphoptError):
+    """A rewrite does not compute what the nodes it replaced computed."""
+
+
+class CacheError(GraphoptError):
+    """The on-disk cache cannot be trusted: wrong owner, permissions, or not a directory."""
+
+
+class WeightsReleasedError(GraphoptError):
+    """A full-precision weight was used after it had been released on the user's request."""

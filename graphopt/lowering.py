@@ -1,0 +1,73 @@
+"""Choose for every dialect operation the first lowering that supports it, and decompose what is left.
+
+A `Lowering` replaces one dialect node by a call of a kernel operator. `supports` is asked with the node (its
+arguments carry fake values) and answers None, or the reason why the kernel cannot take it. Policy is the order of
+the list, never hidden in `supports`. What no lowering supports is expanded to ATen by its meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import edit, ops
+
+Supports = Callable[[fx.Node], str | None]
+Emit = Callable[[edit.Rewrite, fx.Node], fx.Node]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """One way to run a dialect operation: `emit` builds the replacement of a node that `supports` accepts."""
+
+    name: str
+    op: torch._ops.OpOverload
+    supports: Supports
+    emit: Emit
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How one node is run, and which better lowerings declined it and why."""
+
+    node: str
+    op: str
+    lowering: str
+    declined: tuple[tuple[str, str], ...] = ()
+
+
+def choose(graph_module: fx.GraphModule, lowerings: Sequence[Lowering]) -> list[Choice]:
+    """Replace every dialect node by the first of `lowerings` that supports it; the others stay. In place."""
+    choices = []
+    for node in list(graph_module.graph.nodes):
+        if ops.meaning(node.target) is None:
+            continue
+        declined: list[tuple[str, str]] = []
+        chosen = "meaning"
+        for candidate in (lowering for lowering in lowerings if lowering.op is node.target):
+            reason = candidate.supports(node)
+            if reason is None:
+                with edit.rewriting(graph_module, node) as rewrite:
+                    rewrite.replace(node, candidate.emit(rewrite, node))
+                chosen = candidate.name
+                break
+            declined.append((candidate.name, reason))
+        choices.append(Choice(node.name, str(node.target), chosen, tuple(declined)))
+    edit.eliminate_dead_code(graph_module)
+    return choices
+
+
+def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -> None:
+    """Decompose dialect operations by their meaning, and operations of `table` by their decomposition. In place."""
+    for node in list(graph_module.graph.nodes):
+        function = ops.meaning(node.target) or (node.target if node.target in table else None)
+        if function is None:
+            continue
+        with edit.rewriting(graph_module, node) as rewrite:
+            new = rewrite.inline(function, *node.args, decompositions=table, **node.kwargs)
+            rewrite.replace(node, new)
+    edit.eliminate_dead_code(graph_module)

@@ -1,0 +1,136 @@
+"""The dialect `torch.ops.graphopt.*`: the few operations that generic fusion cannot derive from ATen.
+
+The body of each operation is its meaning in plain PyTorch. It serves as the documentation, the shape rule
+(fake implementation), the fallback of every lowering, and the oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_library = torch.library.Library("graphopt", "DEF")
+_meanings: dict[torch._ops.OpOverload, Callable[..., object]] = {}
+
+
+def _operation(schema: str) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
+    """Register a function as dialect operation `schema`; its body is used on real and on fake tensors."""
+
+    def register(meaning: Callable[..., object]) -> torch._ops.OpOverload:
+        _library.define(meaning.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(meaning.__name__, meaning, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"graphopt::{meaning.__name__}", meaning, lib=_library)
+        overload: torch._ops.OpOverload = getattr(torch.ops.graphopt, meaning.__name__).default
+        _meanings[overload] = meaning
+        return overload
+
+    return register
+
+
+def meaning(op: object) -> Callable[..., object] | None:
+    """The plain PyTorch function that defines `op`, or None when `op` is not of the dialect."""
+    return _meanings.get(op) if isinstance(op, torch._ops.OpOverload) else None
+
+
+def operations() -> tuple[torch._ops.OpOverload, ...]:
+    """Every operation of the dialect."""
+    return tuple(_meanings)
+
+
+@_operation("(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N], in the dtype of x."""
+    return F.linear(x, weight, bias)
+
+
+@_operation("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+def parallel_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Several linears of one input x [..., K]: one result [..., N_i] for each weight [N_i, K]."""
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+@_operation(
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool is_causal=False, float scale,"
+    " float softcap=0., int window=0) -> Tensor"
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """Scaled dot product attention: softmax(softcap(q k^T scale) + mask) v.
+
+    q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] with H a multiple of Hkv (query head h reads KV head
+    h // (H // Hkv)); mask broadcasts to [B, H, S, T] and is boolean (True takes part) or additive.
+    is_causal: query i sees key j <= i (upper left alignment, as in F.scaled_dot_product_attention).
+    softcap: scores become softcap * tanh(scores / softcap); 0 means none. window: query i sees key
+    j > i - window; 0 means none. Returns [B, H, S, Dv], laid out in memory as [B, S, H, Dv].
+    """
+    if softcap == 0.0 and window == 0:
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    else:
+        groups = q.shape[1] // k.shape[1]
+        keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = (q @ keys.transpose(-1, -2)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = _visible(q.shape[2], k.shape[2], is_causal, window, q.device)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        out = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ values
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _visible(rows: int, columns: int, is_causal: bool, window: int, device: torch.device) -> Tensor | None:
+    if not is_causal and not window:
+        return None
+    i = torch.arange(rows, device=device)[:, None]
+    j = torch.arange(columns, device=device)[None, :]
+    visible = j <= i if is_causal else torch.ones((), dtype=torch.bool, device=device)
+    return visible & (j > i - window) if window else visible
+
+
+@_operation("(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of x [..., S, D] by cos and sin that broadcast to it.
+
+    x * cos + rotate(x) * sin, where rotate maps halves (a, b) to (-b, a), or, interleaved, each pair.
+    """
+    if interleaved:
+        rotated = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        half = x.shape[-1] // 2
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+@_operation("(Tensor x, Tensor? weight, float eps, float weight_offset=0., bool cast_first=True) -> Tensor")
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_first: bool = True
+) -> Tensor:
+    """Root mean square normalisation (Zhang and Sennrich, 2019) of the last dimension, in float32.
+
+    x [..., D], weight [D]. cast_first (Llama): round to the dtype of x, then multiply by the weight;
+    otherwise (Gemma, weight_offset=1): multiply by weight_offset + weight in float32, then round.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if cast_first:
+        scale = weight if weight_offset == 0.0 else weight + weight_offset
+        return scale * normed.to(x.dtype)
+    return (normed * (weight.float() + weight_offset)).to(x.dtype)

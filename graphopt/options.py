@@ -1,0 +1,141 @@
+"""The options of the backend: one frozen dataclass, validated before any work is done.
+
+`torch.compile(model, backend="graphopt", options={...})` takes the same names as `Options(...)`.
+Environment variables of the form GRAPHOPT_<NAME> give defaults for the debugging switches only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import OptionError
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+TARGETS = ("auto", "cpu", "inductor", "triton", "reference")
+VERIFY = ("off", "sample", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user may choose.
+
+    mode: how much compile time to spend ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs").
+    target: where the graph is lowered to; "auto" takes "triton" for CUDA/ROCm tensors and "cpu" otherwise;
+        "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
+    passes: extra passes, each made with `@graph_pass`.
+    disable: names of passes to leave out.
+    limit: stop after this many rewrites in one compiled graph (for bisecting); None means no limit.
+    strict: turn every fallback (a pass that raised, a graph left to torch) into an error.
+    verify: check rewrites against the nodes they replace: "off", "sample" (each distinct one once, few inputs), "all".
+    dump: directory that receives the graph after each pass that changed it, or None.
+    debug: 0 (silent) to 4 (everything), as in docs/reference/options.md.
+    """
+
+    mode: str = "default"
+    target: str = "auto"
+    passes: tuple[Callable[..., int], ...] = ()
+    disable: tuple[str, ...] = ()
+    limit: int | None = None
+    strict: bool = False
+    verify: str = "off"
+    dump: str | None = None
+    debug: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        _one_of("target", self.target, TARGETS)
+        _one_of("verify", self.verify, VERIFY)
+        _boolean("strict", self.strict)
+        _integer("debug", self.debug, 0, 4)
+        if self.limit is not None:
+            _integer("limit", self.limit, 0, None)
+        object.__setattr__(self, "passes", _sequence("passes", self.passes))
+        object.__setattr__(self, "disable", _sequence("disable", self.disable))
+        for function in self.passes:
+            if not hasattr(function, "graph_pass"):
+                raise OptionError(
+                    f"option 'passes' holds {function!r}, which is not a pass: decorate it with @graphopt.graph_pass(...)"
+                )
+        if any(not isinstance(name, str) for name in self.disable):
+            raise OptionError(f"option 'disable' must hold names of passes (str), got {self.disable!r}")
+        if isinstance(self.dump, os.PathLike):
+            object.__setattr__(self, "dump", os.fspath(self.dump))
+        if self.dump is not None and not isinstance(self.dump, str):
+            raise OptionError(f"option 'dump' must be a directory (str or Path) or None, got {self.dump!r}")
+
+    @classmethod
+    def parse(cls, mode: object = None, options: object = None) -> Options:
+        """Options from what torch.compile hands over: `mode` and `options`, either may be None."""
+        values: dict[str, Any] = dict(_from_environment())
+        if isinstance(options, Options):
+            return dataclasses.replace(options, mode=mode) if isinstance(mode, str) else options
+        if options is not None:
+            if not isinstance(options, Mapping):
+                raise OptionError(f"options must be a dict or graphopt.Options, got {type(options).__name__}")
+            values.update(options)
+        if mode is not None:
+            values["mode"] = mode
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise OptionError(
+                    f"unknown option {name!r}{_nearest(name, known)}; options are {', '.join(sorted(known))}"
+                )
+        return cls(**values)
+
+
+def _from_environment() -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if (debug := os.environ.get("GRAPHOPT_DEBUG")) is not None:
+        values["debug"] = _environment_integer("GRAPHOPT_DEBUG", debug)
+    if (limit := os.environ.get("GRAPHOPT_LIMIT")) is not None:
+        values["limit"] = _environment_integer("GRAPHOPT_LIMIT", limit)
+    if dump := os.environ.get("GRAPHOPT_DUMP"):
+        values["dump"] = str(Path(dump))
+    if disable := os.environ.get("GRAPHOPT_DISABLE"):
+        values["disable"] = tuple(name.strip() for name in disable.split(",") if name.strip())
+    if verify := os.environ.get("GRAPHOPT_VERIFY"):
+        values["verify"] = verify
+    return values
+
+
+def _environment_integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"environment variable {name} must be a whole number, got {text!r}") from None
+
+
+def _nearest(given: object, allowed: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(given), allowed, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _one_of(name: str, given: object, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise OptionError(
+            f"option {name!r} got {given!r}{_nearest(given, allowed)}; allowed are {', '.join(map(repr, allowed))}"
+        )
+
+
+def _boolean(name: str, given: object) -> None:
+    if not isinstance(given, bool):
+        raise OptionError(f"option {name!r} must be True or False, got {given!r} ({type(given).__name__})")
+
+
+def _integer(name: str, given: object, low: int, high: int | None) -> None:
+    in_range = isinstance(given, int) and not isinstance(given, bool) and low <= given and (high is None or given <= high)
+    if not in_range:
+        allowed = f"{low} to {high}" if high is not None else f"{low} or more"
+        raise OptionError(f"option {name!r} must be a whole number, {allowed}, got {given!r} ({type(given).__name__})")
+
+
+def _sequence(name: str, given: object) -> tuple[Any, ...]:
+    if not isinstance(given, (list, tuple)):
+        raise OptionError(f"option {name!r} must be a list or tuple, got {given!r} ({type(given).__name__})")
+    return tuple(given)

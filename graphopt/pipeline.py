@@ -1,0 +1,199 @@
+"""Run passes over a captured graph: order, contract, undo, timing, dumps and numbering in one place.
+
+A pass is a function `def name(graph_module) -> int` under `@graph_pass`; it returns how many rewrites it made.
+After each pass: dead code is gone, the graph lints, `meta["val"]` is right; a pass that raises is undone and reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeVar
+
+from torch import fx
+
+from graphopt import _compat, capture, edit
+from graphopt.errors import OptionError, PassError
+from graphopt.options import Options
+
+Exactness = Literal["bitwise", "rounding", "lossy"]
+Stage = Literal["canonicalize", "recognize", "kv_cache", "prune", "quantize", "fuse"]
+STAGES: tuple[Stage, ...] = ("canonicalize", "recognize", "kv_cache", "prune", "quantize", "fuse")
+
+PassFunction = TypeVar("PassFunction", bound=Callable[..., int])
+
+
+@dataclasses.dataclass(frozen=True)
+class PassInfo:
+    """What a pass declares: see `graph_pass`."""
+
+    name: str
+    exactness: Exactness
+    stage: Stage
+    training: bool
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassReport:
+    """What one pass did to one graph. seconds is wall time; error is the exception's text if it was undone."""
+
+    name: str
+    stage: Stage
+    exactness: Exactness
+    rewrites: int
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    refusals: tuple[edit.Refusal, ...] = ()
+    error: str = ""
+
+
+def graph_pass(
+    *,
+    exactness: Exactness,
+    stage: Stage = "fuse",
+    training: bool = True,
+    before: str | None = None,
+    after: str | None = None,
+) -> Callable[[PassFunction], PassFunction]:
+    """Declare a function on a GraphModule to be a pass.
+
+    exactness: "bitwise" (same bits), "rounding" (another order of the same arithmetic) or "lossy" (only by name).
+    stage: where in the pipeline it runs. training: whether it may run on forward and backward graphs.
+    before, after: the name of a pass or a stage that it must precede or follow.
+    """
+    if exactness not in ("bitwise", "rounding", "lossy"):
+        raise OptionError(f"exactness must be 'bitwise', 'rounding' or 'lossy', got {exactness!r}")
+    if stage not in STAGES:
+        raise OptionError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+
+    def declare(function: PassFunction) -> PassFunction:
+        name = function.__name__
+        function.graph_pass = PassInfo(name, exactness, stage, training, before, after)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def describe(function: Callable[..., int]) -> PassInfo:
+    """The declaration of a pass."""
+    declared = getattr(function, "graph_pass", None)
+    if not isinstance(declared, PassInfo):
+        raise OptionError(f"{function!r} is not a pass: decorate it with @graphopt.graph_pass(...)")
+    return declared
+
+
+def arrange(passes: Iterable[Callable[..., int]]) -> list[Callable[..., int]]:
+    """Passes in the order they run: by stage, then as given, moved where `before` and `after` ask for it."""
+    ordered = sorted(passes, key=lambda function: STAGES.index(describe(function).stage))
+    placed = [function for function in ordered if not (describe(function).before or describe(function).after)]
+    for function in ordered:
+        declared = describe(function)
+        if declared.before or declared.after:
+            placed.insert(_position(placed, declared), function)
+    return placed
+
+
+def _position(placed: Sequence[Callable[..., int]], declared: PassInfo) -> int:
+    def places(name: str) -> list[int]:
+        found = [
+            index
+            for index, function in enumerate(placed)
+            if name in (describe(function).name, describe(function).stage)
+        ]
+        if not found and name not in STAGES:
+            known = ", ".join((*STAGES, *(describe(function).name for function in placed)))
+            raise OptionError(f"pass {declared.name!r} refers to unknown pass or stage {name!r}; known are {known}")
+        if not found:
+            later = STAGES.index(name)  # type: ignore[arg-type]
+            found = [sum(STAGES.index(describe(function).stage) < later for function in placed)]
+        return found
+
+    low = max(places(declared.after)) + 1 if declared.after else 0
+    high = min(places(declared.before)) if declared.before else len(placed)
+    if low > high:
+        raise OptionError(
+            f"pass {declared.name!r} cannot run after {declared.after!r} and before {declared.before!r}:"
+            f" {declared.after!r} runs later than {declared.before!r}"
+        )
+    return low if declared.after else high
+
+
+def run(
+    graph_module: fx.GraphModule,
+    passes: Sequence[Callable[..., int]],
+    options: Options,
+    *,
+    observer: Callable[[edit.Application], None] | None = None,
+    after_pass: Callable[[str, fx.GraphModule], None] | None = None,
+) -> list[PassReport]:
+    """Run `passes` in order on the graph, in place. Passes that do not fit the graph's kind are left out.
+
+    observer: called at each rewrite while both sides are in the graph. after_pass: called with the name of each
+    pass that changed the graph, and the graph.
+    """
+    session = edit.Session(limit=options.limit, observer=observer)
+    training = capture.info(graph_module).training
+    reports = []
+    with edit.session(session):
+        for function in passes:
+            declared = describe(function)
+            if declared.name in options.disable or (training and not declared.training):
+                continue
+            report = _run_one(graph_module, function, declared, session, options)
+            reports.append(report)
+            if report.rewrites and after_pass is not None:
+                after_pass(declared.name, graph_module)
+    graph_module.recompile()
+    return reports
+
+
+def _run_one(
+    graph_module: fx.GraphModule,
+    function: Callable[..., int],
+    declared: PassInfo,
+    session: edit.Session,
+    options: Options,
+) -> PassReport:
+    session.pass_name, session.exactness, session.refusals = declared.name, declared.exactness, []
+    saved, count_before = _copy(graph_module.graph), len(graph_module.graph.nodes)
+    rewrites, error, started, made = 0, "", time.perf_counter(), session.rewrites
+    try:
+        rewrites = function(graph_module)
+        edit.eliminate_dead_code(graph_module)
+        graph_module.graph.lint()
+        _check_values(graph_module, declared.name)
+    except Exception as raised:
+        if options.strict or _compat.is_control_flow(raised):
+            raise
+        graph_module.graph, rewrites, session.rewrites = saved, 0, made
+        error = f"{type(raised).__name__}: {raised}"
+    seconds = time.perf_counter() - started
+    return PassReport(
+        declared.name,
+        declared.stage,
+        declared.exactness,
+        rewrites,
+        seconds,
+        count_before,
+        len(graph_module.graph.nodes),
+        tuple(session.refusals),
+        error,
+    )
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, mapping))
+    copy.output_node().meta = dict(graph.output_node().meta)
+    return copy
+
+
+def _check_values(graph_module: fx.GraphModule, name: str) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise PassError(f"{name} left node {node.format_node()} without meta['val']; use graphopt.edit to make nodes")

@@ -1,0 +1,1 @@
+"""What lives at call time and between processes: caches, packed weights, KV buffers, launches."""
