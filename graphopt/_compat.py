@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -75,18 +76,17 @@ def aot(
     backward: Callable[..., Any],
     inference: Callable[..., Any],
     decompositions: dict[Any, Any],
-    serializable: bool,
 ) -> Callable[..., Any]:
     """AOTAutograd: functional ATen graphs go to the three compilers, in-place updates of inputs stay in the graph.
 
-    serializable: the compilers return Inductor's `OutputCode`, which torch's AOTAutograd cache can store.
+    A compiler may return Inductor's `OutputCode`, which torch's AOTAutograd cache can store, or any boxed callable.
     """
     from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.output_code import OutputCode
 
     def dispatcher(compiler: Callable[..., Any]) -> Callable[..., Any]:
-        return SerializableAOTDispatchCompiler(OutputCode, compiler) if serializable else compiler
+        return SerializableAOTDispatchCompiler(OutputCode, compiler)
 
     compiled: Callable[..., Any] = aot_autograd(
         fw_compiler=dispatcher(forward),
@@ -142,20 +142,27 @@ def inductor_compile(
 
 
 @contextlib.contextmanager
-def compile_caches(directory: str, key: str) -> Iterator[None]:
+def compile_caches(directory: str, key: str, read: bool = True) -> Iterator[None]:
     """Keep all that torch writes while compiling inside `directory`, and salt its AOT cache with `key`.
+
+    read: whether a stored AOT artifact may be served (else the compilers are always called).
 
     AOTAutogradCache's own key does not name the backend: without the salt, the artifact of another backend, or of
     other passes, would be served for the same model. Files are made private whatever the umask.
     """
+    import torch._functorch.config as functorch_config
     import torch.compiler.config as compiler_config
 
+    enabled = functorch_config.enable_autograd_cache and read
     saved = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
     os.environ["TRITON_CACHE_DIR"] = os.path.join(directory, "triton")
     umask = os.umask(0o077)
     try:
-        with compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}|graphopt:{key}"):
+        with (
+            compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}|graphopt:{key}"),
+            functorch_config.patch(enable_autograd_cache=enabled),
+        ):
             yield
     finally:
         os.umask(umask)
@@ -171,3 +178,39 @@ def prepare_dynamo() -> None:
     import torch._dynamo.config as dynamo_config
 
     dynamo_config.specialize_float = True
+
+
+@dataclasses.dataclass
+class DynamoEvents:
+    """Why Dynamo broke or recompiled graphs, one line each."""
+
+    graph_breaks: list[str] = dataclasses.field(default_factory=list)
+    recompiles: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def watching_dynamo() -> Iterator[DynamoEvents]:
+    """Record the graph breaks and recompilations that happen inside the block."""
+    import logging
+
+    from torch._dynamo.utils import counters
+
+    events = DynamoEvents()
+    before = dict(counters["graph_break"])
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            events.recompiles.append(record.getMessage())
+
+    logger, listener = logging.getLogger("torch._dynamo.guards.__recompiles"), Listener()
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield events
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        events.graph_breaks = [
+            reason.splitlines()[0] for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
+        ]

@@ -64,13 +64,19 @@ def decompositions() -> dict[Any, Any]:
     return {op: function for op, function in _compat.inductor_decompositions().items() if op not in KEPT}
 
 
+@functools.cache
+def undecomposed() -> dict[Any, Any]:
+    """The decompositions of the operations that captured graphs still hold whole."""
+    return {op: function for op, function in _compat.inductor_decompositions().items() if op in KEPT}
+
+
 def capture(
-    dynamo_graph: fx.GraphModule, inputs: Sequence[Any], compile_graph: Compiler, *, cacheable: bool
+    dynamo_graph: fx.GraphModule, inputs: Sequence[Any], compile_graph: Compiler
 ) -> Callable[..., Any]:
     """Run AOTAutograd and hand each graph it makes to `compile_graph`; returns the callable for Dynamo.
 
     A call under no_grad or inference_mode gives one "inference" graph, else a "forward" and a "backward" one.
-    cacheable: let torch's AOT cache keep what `compile_graph` returns (it must be an Inductor artifact).
+    What `compile_graph` returns is kept by torch's AOT cache if it is an Inductor artifact.
     """
     sources = [
         _compat.dynamo_source(node) or "" for node in dynamo_graph.graph.nodes if node.op == "placeholder"
@@ -91,7 +97,6 @@ def capture(
         backward=compiler("backward"),
         inference=compiler("inference"),
         decompositions=decompositions(),
-        serializable=cacheable,
     )
 
 

@@ -1,0 +1,43 @@
+"""Compile a graph with Inductor: C++ on the CPU, and an alternative to graphopt's own kernels on the GPU.
+
+Dialect operations that a kernel of graphopt supports become calls of its operator inside the Inductor graph; all
+others are expanded to ATen by their meaning and fused by Inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from graphopt import _compat
+from graphopt.capture import GraphInfo, undecomposed
+from graphopt.lowering import Choice, Lowering, choose, expand
+from graphopt.options import Options
+
+
+def compile_graph(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    info: GraphInfo,
+    options: Options,
+    lowerings: Sequence[Lowering] = (),
+) -> tuple[Callable[[list[Any]], Any], list[Choice]]:
+    """The graph as a boxed Inductor artifact, and how each dialect operation was lowered."""
+    choices = choose(graph_module, lowerings)
+    expand(graph_module, undecomposed())
+    graph_module.recompile()
+    artifact = _compat.inductor_compile(
+        graph_module,
+        inputs,
+        is_inference=info.kind == "inference",
+        is_backward=info.kind == "backward",
+        config=_config(options),
+    )
+    return artifact, choices
+
+
+def _config(options: Options) -> dict[str, Any]:
+    tuned = options.mode.startswith("max-autotune")
+    return {"max_autotune": True} if tuned else {}

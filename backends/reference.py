@@ -1,0 +1,30 @@
+"""Run a graph by its meaning: every node as PyTorch runs it. The oracle, and the fallback of all other targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from graphopt.capture import GraphInfo
+from graphopt.lowering import Choice, choose
+from graphopt.options import Options
+
+
+def compile_graph(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options
+) -> tuple[Callable[[list[Any]], Any], list[Choice]]:
+    """The graph as a boxed callable: it takes one list of inputs, empties it, and returns the list of outputs."""
+    choices = choose(graph_module, ())
+
+    def run(boxed: list[Any]) -> Any:
+        arguments = tuple(boxed)
+        boxed.clear()
+        return graph_module.forward(*arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    graph_module.recompile()
+    return run, choices
+
+

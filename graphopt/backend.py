@@ -1,0 +1,83 @@
+"""The entry point of `torch.compile(model, backend="graphopt")`: options, capture, passes, lowering, one callable."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from graphopt import _compat, backends, passes, pipeline, report
+from graphopt.capture import GraphInfo, capture
+from graphopt.errors import GraphoptError, LoweringError
+from graphopt.options import Options
+from graphopt.runtime import cache
+
+_compat.prepare_dynamo()
+
+
+def graphopt(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], *, mode: object = None, options: object = None
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph. Called by torch.compile with the user's `mode` and `options`.
+
+    Raises OptionError for a wrong option, before any work. What cannot be optimised runs as eager runs it, counted
+    in `graphopt.counters` and named in the report; under `strict=True` it raises instead.
+    """
+    chosen = Options.parse(mode, options)
+    arranged = pipeline.arrange((*passes.PIPELINE, *chosen.passes))
+
+    def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
+        with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen)):
+            return _compile(captured, fake_inputs, info, chosen, arranged)
+
+    with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen), read=_may_reuse(chosen)):
+        try:
+            return capture(graph_module, inputs, compile_captured)
+        except Exception as raised:
+            if chosen.strict or isinstance(raised, GraphoptError) or _compat.is_control_flow(raised):
+                raise
+            left = report.GraphReport("whole", "eager", len(graph_module.graph.nodes))
+            left.fall_back("the whole graph", f"{type(raised).__name__}: {raised}")
+            report.add(left)
+            forward: Callable[..., Any] = graph_module.forward
+            return forward
+
+
+def _compile(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    info: GraphInfo,
+    options: Options,
+    arranged: Sequence[Callable[..., int]],
+) -> Callable[..., Any]:
+    started = time.perf_counter()
+    target = backends.resolve(options.target, inputs)
+    graph_report = report.GraphReport(info.kind, target, len(graph_module.graph.nodes))
+    graph_report.passes = pipeline.run(graph_module, arranged, options)
+    meaning = copy.deepcopy(graph_module.graph)
+    try:
+        compiled, graph_report.lowerings = backends.TARGETS[target](graph_module, inputs, info, options)
+    except Exception as raised:
+        if _compat.is_control_flow(raised):
+            raise
+        if options.strict:
+            raise LoweringError(f"target {target!r} cannot lower this graph: {raised}") from raised
+        graph_report.fall_back(f"a graph of {len(meaning.nodes)} nodes", f"{type(raised).__name__}: {raised}")
+        graph_module.graph = meaning
+        compiled, graph_report.lowerings = backends.TARGETS["reference"](graph_module, inputs, info, options)
+    graph_report.seconds = time.perf_counter() - started
+    report.add(graph_report)
+    return compiled
+
+
+def _may_reuse(options: Options) -> bool:
+    """Whether a stored artifact may stand in for running the passes: not when the user watches or extends them."""
+    watched = options.dump or options.debug or options.verify != "off" or report.is_collecting()
+    return not (watched or options.passes)
+
+
+def _cache_key(options: Options) -> str:
+    return f"{cache.source_digest()}|{options}"
