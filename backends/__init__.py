@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from graphopt.backends import inductor, reference
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Choice
 from graphopt.options import Options
+from graphopt.runtime.artifact import Artifact
 
-CompileGraph = Callable[
-    [fx.GraphModule, Sequence[Any], GraphInfo, Options], tuple[Callable[[list[Any]], Any], list[Choice]]
-]
+CompileGraph = Callable[[fx.GraphModule, Sequence[Any], GraphInfo, Options], tuple[Artifact, list[Choice]]]
 
 TARGETS: dict[str, CompileGraph] = {
     "inductor": inductor.compile_graph,

@@ -6,7 +6,7 @@ others are expanded to ATen by their meaning and fused by Inductor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -15,6 +15,8 @@ from graphopt import _compat
 from graphopt.capture import GraphInfo, undecomposed
 from graphopt.lowering import Choice, Lowering, choose, expand
 from graphopt.options import Options
+from graphopt.runtime import prologue
+from graphopt.runtime.artifact import Artifact
 
 
 def compile_graph(
@@ -23,19 +25,20 @@ def compile_graph(
     info: GraphInfo,
     options: Options,
     lowerings: Sequence[Lowering] = (),
-) -> tuple[Callable[[list[Any]], Any], list[Choice]]:
+) -> tuple[Artifact, list[Choice]]:
     """The graph as a boxed Inductor artifact, and how each dialect operation was lowered."""
     choices = choose(graph_module, lowerings)
     expand(graph_module, undecomposed())
+    graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     graph_module.recompile()
-    artifact = _compat.inductor_compile(
+    compiled = _compat.inductor_compile(
         graph_module,
         inputs,
         is_inference=info.kind == "inference",
         is_backward=info.kind == "backward",
         config=_config(options),
     )
-    return artifact, choices
+    return Artifact(compiled, graph_prologue), choices
 
 
 def _config(options: Options) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -10,11 +10,12 @@ from torch import fx
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Choice, choose
 from graphopt.options import Options
+from graphopt.runtime.artifact import Artifact
 
 
 def compile_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options
-) -> tuple[Callable[[list[Any]], Any], list[Choice]]:
+) -> tuple[Artifact, list[Choice]]:
     """The graph as a boxed callable: it takes one list of inputs, empties it, and returns the list of outputs."""
     choices = choose(graph_module, ())
 
@@ -23,8 +24,5 @@ def compile_graph(
         boxed.clear()
         return graph_module.forward(*arguments)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
     graph_module.recompile()
-    return run, choices
-
-
+    return Artifact(run), choices

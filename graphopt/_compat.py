@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import TracingContext, detect_fake_mode
+from torch._inductor.output_code import OutputCode as OutputCode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 Target = Callable[..., object]
@@ -83,7 +85,6 @@ def aot(
     """
     from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.output_code import OutputCode
 
     def dispatcher(compiler: Callable[..., Any]) -> Callable[..., Any]:
         return SerializableAOTDispatchCompiler(OutputCode, compiler)
@@ -161,7 +162,7 @@ def compile_caches(directory: str, key: str, read: bool = True) -> Iterator[None
     try:
         with (
             compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}|graphopt:{key}"),
-            functorch_config.patch(enable_autograd_cache=enabled),
+            functorch_config.patch(enable_autograd_cache=enabled, bundled_autograd_cache=True),
         ):
             yield
     finally:
@@ -171,6 +172,32 @@ def compile_caches(directory: str, key: str, read: bool = True) -> Iterator[None
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def storable(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """A copy of an Inductor artifact without its loaded code. Anything else makes the AOT cache store nothing."""
+    from torch._inductor.output_code import CompiledFxGraph
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+
+    if not isinstance(compiled, CompiledFxGraph):
+        raise BypassAOTAutogradCache("not an Inductor artifact")
+    stored = copy.copy(compiled)
+    stored.prepare_for_serialization()
+    return stored
+
+
+def reload(compiled: Any, inputs: Sequence[Any], graph_kwargs: Any) -> Callable[[list[Any]], Any]:
+    """Load the code of an artifact that `storable` made; raises when its files are gone."""
+    from torch._inductor.codecache import FxGraphCache
+    from torch._inductor.output_code import CompiledFxGraphConstants
+
+    constants = CompiledFxGraphConstants()
+    loaded, _ = FxGraphCache.cache_hit_post_compile(compiled, {}, constants)
+    if loaded is None:
+        raise RuntimeError("a compiled graph is gone from the cache directory")
+    loaded.post_compile(inputs, constants, graph_kwargs)
+    result: Callable[[list[Any]], Any] = loaded
+    return result
 
 
 def prepare_dynamo() -> None:

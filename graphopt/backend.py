@@ -13,9 +13,10 @@ from graphopt import _compat, backends, passes, pipeline, report
 from graphopt.capture import GraphInfo, capture
 from graphopt.errors import GraphoptError, LoweringError
 from graphopt.options import Options
-from graphopt.runtime import cache
+from graphopt.runtime import artifact, cache
 
 _compat.prepare_dynamo()
+artifact.on_load.append(report.add)
 
 
 def graphopt(
@@ -69,6 +70,7 @@ def _compile(
         graph_module.graph = meaning
         compiled, graph_report.lowerings = backends.TARGETS["reference"](graph_module, inputs, info, options)
     graph_report.seconds = time.perf_counter() - started
+    compiled.record = graph_report
     report.add(graph_report)
     return compiled
 

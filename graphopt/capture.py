@@ -29,6 +29,9 @@ KEPT = (
     aten._fused_rms_norm.default,
     aten._softmax.default,
     aten.index_copy.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
 )
 
 

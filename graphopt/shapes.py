@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -16,9 +17,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two lists of sizes are provably equal."""
+    return len(a) == len(b) and all(same(m, n) for m, n in zip(a, b, strict=True))
+
+
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors provably have one shape."""
-    return a.dim() == b.dim() and all(same(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+    return same_sizes(a.shape, b.shape)
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:

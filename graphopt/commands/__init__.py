@@ -1,0 +1,1 @@
+"""What the command line does: a file for each command, and what they share (models, systems, figures)."""

@@ -1,0 +1,171 @@
+"""What a benchmark measures, as data: written to JSON, printed as a table, drawn as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What this machine reaches by itself: bytes read from memory a second, matrix product operations a second."""
+
+    read_bandwidth: float
+    matmul_rate: float
+    threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one step must at least do: bytes of weights and cache to read, operations, tokens made or read."""
+
+    bytes: float
+    flops: float
+    tokens: int
+
+    def floor(self, limits: Limits) -> float:
+        """The least milliseconds that a step can take within the machine's limits."""
+        return 1e3 * max(self.bytes / limits.read_bandwidth, self.flops / limits.matmul_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How a system's answers compare with the reference's.
+
+    equal, compared: greedy tokens (decode, prefill) or vectors (encode). near_ties: unequal tokens that the reference
+    itself held apart by no more than rounding can move. max_error: the largest difference of a logit or an output.
+    """
+
+    equal: int
+    compared: int
+    near_ties: int
+    max_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """One system at one work. Times are milliseconds a step; compile_seconds is what the first calls cost beyond it."""
+
+    system: str
+    work: str
+    milliseconds: tuple[float, ...]
+    compile_seconds: float
+    peak_bytes: int
+    agreement: Agreement
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lower and the upper quartile."""
+        low, _, high = statistics.quantiles(self.milliseconds, n=4)
+        return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchResult:
+    """All figures of one run of the benchmark, with what they were measured on."""
+
+    model: str
+    dtype: str
+    batch: int
+    machine: str
+    versions: dict[str, str]
+    limits: Limits
+    cold: bool  # whether every system started with empty compile caches
+    costs: dict[str, Cost]
+    figures: tuple[Figures, ...]
+
+    def of(self, work: str) -> list[Figures]:
+        """The figures of one work, the reference first."""
+        return [figures for figures in self.figures if figures.work == work]
+
+    def save(self, path: Path) -> None:
+        """Write everything as JSON, with the derived medians."""
+        data: dict[str, Any] = dataclasses.asdict(self)
+        for entry, figures in zip(data["figures"], self.figures, strict=True):
+            entry["median"] = figures.median
+        path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def table(result: BenchResult, work: str) -> Table:
+    """The figures of one work side by side; ratios say how many times faster than the reference (the first row)."""
+    rows = result.of(work)
+    cost = result.costs[work]
+    floor = cost.floor(result.limits)
+    printed = Table(
+        title=f"{work}: {result.model}, {result.dtype}, batch {result.batch}",
+        caption=f"floor of this machine {floor:.2f} ms ({cost.bytes / 1e6:.0f} MB at {result.limits.read_bandwidth / 1e9:.1f} GB/s,"
+        f" {cost.flops / 1e9:.1f} GFLOP at {result.limits.matmul_rate / 1e9:.0f} GFLOP/s)",
+    )
+    unit = "ms/token" if work == "decode" else "ms"
+    answers = "outputs equal" if work == "encode" else "tokens equal"
+    for heading in (
+        "system",
+        unit,
+        "quartiles",
+        "tokens/s",
+        f"x {rows[0].system}",
+        "of the floor",
+        "peak memory",
+        "compile",
+    ):
+        printed.add_column(heading, justify="left" if heading == "system" else "right")
+    printed.add_column(answers, justify="right")
+    printed.add_column("max error", justify="right")
+    for row in rows:
+        low, high = row.spread
+        printed.add_row(
+            row.system,
+            f"{row.median:.2f}",
+            f"{low:.2f} - {high:.2f}",
+            f"{1e3 * cost.tokens / row.median:.1f}",
+            f"{rows[0].median / row.median:.2f}",
+            f"{floor / row.median:.0%}",
+            f"{row.peak_bytes / 2**20:.0f} MiB",
+            f"{row.compile_seconds:.1f} s" if row.compile_seconds else "-",
+            _agreement(row.agreement),
+            f"{row.agreement.max_error:.1e}",
+        )
+    return printed
+
+
+def plot(results: Sequence[BenchResult], path: Path) -> None:
+    """Draw the medians as bars, a panel for each result and work, with the machine's floor as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(result, work) for result in results for work in result.costs]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    for axis, (result, work) in zip(axes[0], panels, strict=True):
+        rows = result.of(work)
+        positions = range(len(rows))
+        bars = axis.barh(positions, [row.median for row in rows], color="#4c78a8")
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.set_yticks(positions, [row.system for row in rows])
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.axvline(
+            result.costs[work].floor(result.limits), color="#e45756", linestyle="--", label="machine's floor"
+        )
+        axis.set_xlabel("ms a token" if work == "decode" else "ms")
+        axis.set_title(f"{work}, {result.model}, {result.dtype}", fontsize=10)
+        axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _agreement(agreement: Agreement) -> str:
+    text = f"{agreement.equal}/{agreement.compared}"
+    return f"{text} ({agreement.near_ties} near ties)" if agreement.near_ties else text

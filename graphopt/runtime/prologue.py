@@ -1,0 +1,130 @@
+"""Work done at call time before the compiled graph runs: KV reservations and packed weights.
+
+Some operations of a graph must not run inside the compiled code on every call: reserving room in a cache hands out a
+view of memory that lives longer than the call, and packing a weight is done once until the weight changes. Passes
+write such operations as ordinary nodes; `hoist` moves them, when all they read are inputs of the graph, into a
+`Prologue`, and the graph receives their results as inputs instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import edit
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (operator.add, operator.sub, operator.mul, operator.floordiv)
+}
+_call_time: dict[str, Callable[..., Any]] = {}
+
+
+def call_time(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a function to be how `op` runs at call time; `hoist` moves nodes of `op` out of graphs."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _call_time[str(op)] = function
+        return function
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """The value number `index`: an input of the call, or, beyond those, the result of an earlier step."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One call at call time: the name of a registered operation or of integer arithmetic, and its arguments."""
+
+    function: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prologue:
+    """Steps from the inputs of a call to the inputs of the compiled graph; plain data, so that it can be stored."""
+
+    steps: tuple[Step, ...]
+    results: tuple[int, ...]
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        """The compiled graph's inputs. Empties `inputs`, as boxed callables do."""
+        values = list(inputs)
+        inputs.clear()
+        for step in self.steps:
+            function = _call_time.get(step.function) or _ARITHMETIC[step.function]
+            args = [_resolve(argument, values) for argument in step.args]
+            kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
+            values.append(function(*args, **kwargs))
+        return [values[index] for index in self.results]
+
+
+def _resolve(argument: Any, values: list[Any]) -> Any:
+    if isinstance(argument, Input):
+        return values[argument.index]
+    if isinstance(argument, tuple):
+        return [_resolve(item, values) for item in argument]
+    return argument
+
+
+def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue | None, list[Any]]:
+    """Move call-time operations out of the graph, in place. Returns the prologue, if any, and the graph's new inputs.
+
+    inputs: the fake inputs of the graph. A call-time operation that reads something computed inside the graph stays
+    where it is and runs there.
+    """
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    index = {node: position for position, node in enumerate(placeholders)}
+    steps: list[Step] = []
+    hoisted: list[fx.Node] = []
+    for node in graph_module.graph.nodes:
+        if _may_hoist(node, index):
+            function = str(node.target) if str(node.target) in _call_time else node.target.__name__
+            args = fx.map_arg(node.args, lambda argument: Input(index[argument]))
+            kwargs = fx.map_arg(node.kwargs, lambda argument: Input(index[argument]))
+            steps.append(Step(function, _frozen(args), tuple(sorted((key, _frozen(kwargs[key])) for key in kwargs))))
+            index[node] = len(index)
+            if str(node.target) in _call_time:
+                hoisted.append(node)
+    if not hoisted:
+        return None, list(inputs)
+    results = list(range(len(placeholders)))
+    new_inputs = list(inputs)
+    anchor = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
+    for number, node in enumerate(hoisted):
+        if not any(user not in hoisted for user in node.users):
+            continue
+        with graph_module.graph.inserting_before(anchor):
+            placeholder = graph_module.graph.placeholder(f"prologue_{number}")
+        placeholder.meta.update(node.meta, role="prologue")
+        node.replace_all_uses_with(placeholder)
+        results.append(index[node])
+        new_inputs.append(node.meta["val"])
+    edit.eliminate_dead_code(graph_module)
+    for position, node in reversed(list(enumerate(placeholders))):
+        if not node.users:
+            graph_module.graph.erase_node(node)
+            del results[position], new_inputs[position]
+    return Prologue(tuple(steps), tuple(results)), new_inputs
+
+
+def _may_hoist(node: fx.Node, index: dict[fx.Node, int]) -> bool:
+    if node.op != "call_function" or any(argument not in index for argument in node.all_input_nodes):
+        return False
+    if str(node.target) in _call_time:
+        return True
+    return node.target in _ARITHMETIC.values() and isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _frozen(argument: Any) -> Any:
+    return tuple(_frozen(item) for item in argument) if isinstance(argument, (list, tuple)) else argument
