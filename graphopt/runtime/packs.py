@@ -1,0 +1,100 @@
+"""Tensors derived from weights (packed, quantised, merged): made at the first call, kept while the weights are the same.
+
+Weights are inputs of every call, so a derived tensor is only valid for the tensors it was made from. Each one is kept
+under a guard on (identity, data_ptr, version counter) of its sources; on any difference it is made again. One pack is
+shared by all graphs and shapes that ask for it, and it dies with its weights. What the guard cannot see: writes
+through `weight.data` or through a NumPy alias, which torch does not count; call `refresh()` after such a write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass
+class _Pack:
+    sources: tuple[weakref.ref[torch.Tensor], ...]
+    states: tuple[tuple[int, int], ...]
+    result: Any
+
+
+_packs: dict[Any, _Pack] = {}
+_lock = threading.RLock()
+
+
+def packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a pure function of weights a guarded pack: computed on the first call and whenever a weight has changed.
+
+    Arguments are tensors, lists of tensors and hashable constants; the constants are part of the pack's identity.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+
+    @functools.wraps(function)
+    def lookup(*args: Any, **kwargs: Any) -> Any:
+        tensors: list[torch.Tensor] = []
+        constants = _split((args, tuple(sorted(kwargs.items()))), tensors)
+        key = (name, constants, tuple(map(id, tensors)))
+        states = tuple(map(_state, tensors))
+        pack = _packs.get(key)
+        if pack is not None and pack.states == states and _alive(pack, tensors):
+            return pack.result
+        with _lock, torch.no_grad():
+            result = function(*args, **kwargs)
+            drop = functools.partial(_drop, key)
+            sources = tuple(weakref.ref(tensor, drop) for tensor in tensors)
+            _packs[key] = _Pack(sources, states, result)
+        return result
+
+    return lookup
+
+
+def refresh() -> None:
+    """Forget all packs, so that the next call makes them anew from the weights as they are then."""
+    with _lock:
+        _packs.clear()
+
+
+def packed_bytes() -> int:
+    """Bytes held by all packs of this process."""
+    with _lock:
+        results = [pack.result for pack in _packs.values()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for result in results
+        for tensor in (result if isinstance(result, (list, tuple)) else (result,))
+        if isinstance(tensor, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
+def _split(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """`value` with each tensor replaced by its position in `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return ("tensor", len(tensors))
+    if isinstance(value, (list, tuple)):
+        return tuple(_split(item, tensors) for item in value)
+    return value
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    # Inference tensors have no version counter: only their content tells whether they changed.
+    version = int(torch.hash_tensor(tensor)) if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version
+
+
+def _alive(pack: _Pack, tensors: list[torch.Tensor]) -> bool:
+    # An id may be used again after its tensor died; the weak reference tells.
+    return all(source() is tensor for source, tensor in zip(pack.sources, tensors, strict=True))
+
+
+def _drop(key: Any, _: weakref.ref[torch.Tensor]) -> None:
+    # Runs inside garbage collection: the lock is reentrant, and a lost race only costs a rebuilt pack.
+    _packs.pop(key, None)
