@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What this machine reaches by itself: bytes read from memory a second, matrix product operations a second."""
+    """What this machine reaches: bytes read from memory and matrix product operations, each a second."""
 
     read_bandwidth: float
     matmul_rate: float
@@ -38,8 +38,8 @@ class Cost:
 class Agreement:
     """How a system's answers compare with the reference's.
 
-    equal, compared: greedy tokens (decode, prefill) or vectors (encode). near_ties: unequal tokens that the reference
-    itself held apart by no more than rounding can move. max_error: the largest difference of a logit or an output.
+    equal, compared: greedy tokens (decode, prefill) or vectors (encode). near_ties: unequal tokens that the
+    reference itself held apart by no more than rounding moved them. max_error: the largest difference.
     """
 
     equal: int
@@ -50,7 +50,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One system at one work. Times are milliseconds a step; compile_seconds is what the first calls cost beyond it."""
+    """One system at one work. Times are milliseconds a step; compile_seconds is added by the first calls."""
 
     system: str
     work: str
@@ -97,44 +97,32 @@ class BenchResult:
 
 
 def table(result: BenchResult, work: str) -> Table:
-    """The figures of one work side by side; ratios say how many times faster than the reference (the first row)."""
-    rows = result.of(work)
-    cost = result.costs[work]
-    floor = cost.floor(result.limits)
+    """The figures of one work, a column for each system; "faster" is relative to the first column."""
+    columns = result.of(work)
+    cost, limits = result.costs[work], result.limits
+    floor = cost.floor(limits)
     printed = Table(
         title=f"{work}: {result.model}, {result.dtype}, batch {result.batch}",
-        caption=f"floor of this machine {floor:.2f} ms ({cost.bytes / 1e6:.0f} MB at {result.limits.read_bandwidth / 1e9:.1f} GB/s,"
-        f" {cost.flops / 1e9:.1f} GFLOP at {result.limits.matmul_rate / 1e9:.0f} GFLOP/s)",
+        caption=f"floor of this machine {floor:.2f} ms: {cost.bytes / 1e6:.0f} MB at"
+        f" {limits.read_bandwidth / 1e9:.1f} GB/s, {cost.flops / 1e9:.1f} GFLOP at"
+        f" {limits.matmul_rate / 1e9:.0f} GFLOP/s",
     )
-    unit = "ms/token" if work == "decode" else "ms"
-    answers = "outputs equal" if work == "encode" else "tokens equal"
-    for heading in (
-        "system",
-        unit,
-        "quartiles",
-        "tokens/s",
-        f"x {rows[0].system}",
-        "of the floor",
-        "peak memory",
-        "compile",
-    ):
-        printed.add_column(heading, justify="left" if heading == "system" else "right")
-    printed.add_column(answers, justify="right")
-    printed.add_column("max error", justify="right")
-    for row in rows:
-        low, high = row.spread
-        printed.add_row(
-            row.system,
-            f"{row.median:.2f}",
-            f"{low:.2f} - {high:.2f}",
-            f"{1e3 * cost.tokens / row.median:.1f}",
-            f"{rows[0].median / row.median:.2f}",
-            f"{floor / row.median:.0%}",
-            f"{row.peak_bytes / 2**20:.0f} MiB",
-            f"{row.compile_seconds:.1f} s" if row.compile_seconds else "-",
-            _agreement(row.agreement),
-            f"{row.agreement.max_error:.1e}",
-        )
+    printed.add_column("")
+    for column in columns:
+        printed.add_column(column.system, justify="right")
+    rows: dict[str, Callable[[Figures], str]] = {
+        "ms a token" if work == "decode" else "ms": lambda column: f"{column.median:.2f}",
+        "quartiles": lambda column: "{:.1f} - {:.1f}".format(*column.spread),
+        "tokens/s": lambda column: f"{1e3 * cost.tokens / column.median:.1f}",
+        "times faster": lambda column: f"{columns[0].median / column.median:.2f}",
+        "share of the floor": lambda column: f"{floor / column.median:.0%}",
+        "peak memory, MiB": lambda column: f"{column.peak_bytes / 2**20:.0f}",
+        "compile, s": lambda column: f"{column.compile_seconds:.1f}" if column.compile_seconds else "-",
+        "vectors equal" if work == "encode" else "tokens equal": lambda column: _agreement(column.agreement),
+        "max error": lambda column: f"{column.agreement.max_error:.1e}",
+    }
+    for name, cell in rows.items():
+        printed.add_row(name, *(cell(column) for column in columns))
     return printed
 
 

@@ -1,4 +1,4 @@
-"""Measure what this machine can do at best: read memory, multiply matrices. Benchmarks are judged against it."""
+"""Measure what this machine can do at best, to judge benchmarks by: read memory, multiply matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS = 1.5
 
 
 def measure_limits(dtype: str) -> Limits:
-    """The best of a few ways to read a large buffer with all threads, and of a square matrix product in `dtype`."""
+    """The best of a few ways to read a large buffer with all threads; a square matrix product in `dtype`."""
     buffer = torch.ones(_READ_BYTES // 4)
     readers: list[Callable[[], object]] = [buffer.sum, buffer.max, lambda: torch.dot(buffer, buffer)]
     read = min(_fastest(reader, _SECONDS / len(readers)) for reader in readers)

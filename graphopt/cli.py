@@ -1,0 +1,114 @@
+"""Readable, checked graph optimisation for torch.compile: try it, measure it, see what it does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from graphopt.errors import GraphoptError
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+console = Console()
+
+_SYSTEMS = "eager,inductor,graphopt"
+
+_DTYPE = typer.Option(help="float32, bfloat16 or float16.")
+_MODEL = typer.Option(help="smollm2, minilm, llama:HIDDENxLAYERS, or the path of a folder or .gguf file.")
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = "What is the capital of France?",
+    tokens: Annotated[int, typer.Option(help="How many tokens to answer with and to compare.")] = 64,
+    dtype: Annotated[str, _DTYPE] = "float32",
+    systems: Annotated[str, typer.Option(help="What to compare, as in `graphopt bench`.")] = _SYSTEMS,
+) -> None:
+    """Chat with SmolLM2-135M through graphopt, then compare with eager PyTorch and Inductor, side by side."""
+    from graphopt.commands.demo import run
+
+    run(prompt, tokens, dtype, systems, console)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, _MODEL] = "smollm2",
+    work: Annotated[str, typer.Option(help="decode, prefill, encode; with commas.")] = "decode,prefill",
+    systems: Annotated[
+        str,
+        typer.Option(
+            help="eager, inductor, inductor-best, torchao-int8, graphopt[:OPTION=VALUE...]. "
+            "The first is what the others are compared with."
+        ),
+    ] = _SYSTEMS,
+    dtype: Annotated[str, _DTYPE] = "float32",
+    batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens in the cache before decode starts.")] = 128,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prefilled prompt.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens of each encoded text.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Decoded tokens that are compared with the reference.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Turns that each system gets.")] = 16,
+    warm: Annotated[bool, typer.Option("--warm", help="Use the compile caches of earlier runs.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the medians into this file (png, svg, pdf).")
+    ] = None,
+) -> None:
+    """Measure systems side by side on one model: speed, memory, compile time, equal answers."""
+    from graphopt.commands import bench as command
+    from graphopt.commands import figures
+    from graphopt.commands.progress import steps
+
+    lengths = {"decode": context, "prefill": prompt, "encode": length}
+    for path in (json, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{path}: there is no folder {path.absolute().parent}")
+    plan = command.plan(model, work, systems, dtype, batch, lengths, tokens, rounds, cold=not warm)
+    result = command.run(plan, steps(console))
+    for kind in result.costs:
+        console.print(figures.table(result, kind))
+    if json is not None:
+        result.save(json)
+    if plot is not None:
+        figures.plot([result], plot)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help=str(_MODEL.help))],
+    dtype: Annotated[str, _DTYPE] = "float32",
+    length: Annotated[int, typer.Option(help="Tokens of the text that the model is run on.")] = 32,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what graphopt does to a model: passes, refusals, lowerings, graph breaks."""
+    from graphopt.commands.explain import explain_model
+
+    report = explain_model(model, dtype, length, console)
+    if json:
+        sys.stdout.write(report.to_json() + "\n")
+    else:
+        console.print(report)
+
+
+@app.command()
+def passes() -> None:
+    """List the passes in the order they run: what each does, in which stage, how exact it is."""
+    from graphopt.commands.catalogue import pass_table
+
+    console.print(pass_table())
+
+
+def main() -> None:
+    """Run the command line. Errors that say what to do are printed without a traceback; exit status 2."""
+    try:
+        app()
+    except GraphoptError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The table of passes, for the command line and the documentation, out of the passes themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+
+from rich.table import Table
+
+from graphopt import passes, pipeline
+
+_HEADER = """# The passes, in the order they run
+
+Written by `python -m graphopt.commands.catalogue > docs/reference/passes.md` from the passes themselves; a
+test compares the two. `bitwise` passes keep every bit, `rounding` passes do the same arithmetic in another
+order, `lossy` passes run only when asked for by name.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PassEntry:
+    """A pass as its own file describes it. purpose is the docstring's first paragraph, text all of it."""
+
+    name: str
+    stage: str
+    exactness: str
+    training: bool
+    module: str
+    purpose: str
+    text: str
+
+
+def entries() -> list[PassEntry]:
+    """Every pass of the library in the order it runs."""
+    return [_entry(function) for function in pipeline.arrange(passes.PIPELINE)]
+
+
+def _entry(function: Callable[..., int]) -> PassEntry:
+    declared = pipeline.describe(function)
+    text = inspect.getdoc(inspect.getmodule(function)) or inspect.getdoc(function) or ""
+    return PassEntry(
+        declared.name,
+        declared.stage,
+        declared.exactness,
+        declared.training,
+        function.__module__,
+        " ".join(text.split("\n\n")[0].split()),
+        text,
+    )
+
+
+def pass_table() -> Table:
+    """The passes as a table for the terminal."""
+    table = Table(
+        "stage", "pass", "exactness", "training", "what it does", title="passes, in the order they run"
+    )
+    for entry in entries():
+        table.add_row(
+            entry.stage, entry.name, entry.exactness, "yes" if entry.training else "no", entry.purpose
+        )
+    return table
+
+
+def markdown_rows() -> str:
+    """The passes as a Markdown table."""
+    lines = ["| stage | pass | exactness | in training | what it does |", "|---|---|---|---|---|"]
+    for entry in entries():
+        cells = (
+            entry.stage,
+            f"`{entry.name}`",
+            entry.exactness,
+            "yes" if entry.training else "no",
+            entry.purpose,
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_page() -> str:
+    """The page docs/reference/passes.md: the table, then each pass's own description."""
+    sections = [f"## {entry.name}\n\n```text\n{entry.text}\n```\n" for entry in entries()]
+    return "\n".join([_HEADER, markdown_rows(), *sections])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_page())
