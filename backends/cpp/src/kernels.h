@@ -1,0 +1,80 @@
+// What one instruction set offers to the operators: a table of plain C functions over raw memory.
+//
+// kernels.cpp is compiled once per instruction set, each time to one such table. Neither this header nor anything
+// kernels.cpp includes may pull in torch or a standard header with inline functions: a copy of such a function
+// compiled for AVX-512 could be the one the linker keeps, and would then run on a machine without AVX-512.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace graphopt {
+
+enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+
+inline constexpr int64_t max_decode_rows = 16;
+
+// out[m][n] = sum_k x[m][k] * weight[n][k] + bias[n]. Rows may be strided (ld*), elements of a row are dense.
+struct LinearTask {
+  const void* weight;
+  const void* bias;  // dense, of the weight's dtype, or null
+  void* out;
+  int64_t n, k;
+  int64_t ldw, ldo;
+};
+
+// x as the inner loop wants to read it; made by pack_rows, understood only by the same table's other functions.
+struct PackedRows {
+  void* data;
+  int64_t m, k;
+};
+
+// Memory of one attention call; strides in elements, the last dimension of q, k, v and out is dense.
+struct AttentionTask {
+  const void *q, *k, *v, *mask;
+  void* out;
+  int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
+  int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, head, position
+  int64_t mask_stride[4];                         // batch, head, query, key
+  int64_t out_stride[3];                          // batch, head, query
+  enum Mask : int { none, boolean, additive, additive_fp32 } mask_kind;
+  bool causal;
+  float scale, softcap;
+  int64_t window;
+};
+
+// Keys [begin, end) of one (batch, kv head), all its query rows. With part == null the result is written to out,
+// otherwise it is left unnormalised: rows x (dim_v accumulators, maximum, sum).
+struct AttentionPiece {
+  int64_t batch, kv_head, begin, end;
+  float* part;
+};
+
+struct Kernels {
+  const char* isa;
+  // Small-batch linear, m <= max_decode_rows.
+  size_t (*packed_bytes)(Dtype, int64_t m, int64_t k);
+  void (*pack_rows)(Dtype, const void* x, int64_t ldx, PackedRows);
+  void (*linear_rows)(Dtype, const LinearTask&, PackedRows, int64_t n_begin, int64_t n_end);
+  // Large-batch linear in bf16, or null where the library's own is as fast. Rows are packed in groups of 32.
+  void (*pack_panel)(const void* x, int64_t ldx, PackedRows, int64_t m_begin, int64_t m_end);
+  void (*linear_panel)(const LinearTask&, PackedRows, int64_t n_begin, int64_t n_end);
+  // Decode attention, queries <= max_decode_rows.
+  size_t (*attention_scratch_floats)(Dtype, const AttentionTask&);
+  void (*attention_piece)(Dtype, const AttentionTask&, const AttentionPiece&, float* scratch);
+  void (*attention_merge)(Dtype, const AttentionTask&, const AttentionPiece* pieces, int64_t count);
+};
+
+// Tables in the order of preference; null where the machine or the compiler cannot.
+const Kernels* amx_kernels();
+const Kernels* avx512bf16_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* plain_kernels();
+
+// The table in use: the best this machine runs, or the one named by select_isa.
+const Kernels& kernels();
+bool select_isa(const char* name);  // empty: the best; false if the name is unknown or the machine lacks it
+const char* runnable_isas();        // space separated, best first
+
+}  // namespace graphopt

@@ -1,0 +1,45 @@
+// What is neither a kernel nor one operator: scratch memory and the choice of instruction set.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "operators.h"
+
+namespace graphopt {
+
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t capacity = 0;
+  if (bytes > capacity) {
+    memory.reset();
+    capacity = 0;
+    memory.reset(::operator new(bytes, std::align_val_t{64}));
+    capacity = bytes;
+  }
+  return memory.get();
+}
+
+namespace {
+
+std::string isa() { return kernels().isa; }
+std::string isas() { return runnable_isas(); }
+
+// Process wide; for tests and measurements, not while operators run.
+void set_isa(std::string name) {
+  TORCH_CHECK(select_isa(name.c_str()), "set_isa: '", name, "' is not one of: ", runnable_isas());
+}
+
+TORCH_LIBRARY(graphopt_cpp, m) {
+  m.def("isa() -> str", isa);
+  m.def("isas() -> str", isas);
+  m.def("set_isa(str name) -> ()", set_isa);
+}
+
+}  // namespace
+}  // namespace graphopt
