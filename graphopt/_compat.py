@@ -13,9 +13,9 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TorchDynamoException
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import TracingContext
 from torch._inductor.output_code import OutputCode as OutputCode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 Target = Callable[..., object]
 
@@ -49,8 +49,11 @@ def is_control_flow(error: BaseException) -> bool:
 
 def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode | None:
     """The fake tensor mode under which the graph's `meta["val"]` were made."""
-    values = [node.meta.get("val") for node in graph_module.graph.nodes]
-    return detect_fake_mode([value for value in values if isinstance(value, torch.Tensor)])
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Fuse operations so that fewer bytes move."""
