@@ -1,0 +1,13 @@
+"""Generated Triton kernels: fused regions of a captured graph become readable GPU source, checked without a GPU.
+
+    region.py       one region: its sizes, strides and structural key
+    expressions.py  the table from ATen operators to Triton expressions, with eager's dtype rules
+    evaluate.py     the value of a node at an index, as lines of Triton
+    rows.py         the skeleton of elementwise and reduction regions
+    helpers.py      the small device functions that kernels share
+    source.py       the text of one kernel
+    program.py      the whole graph as one Python file
+    interpret.py    Triton's interpreter for one kernel, without an environment variable
+    check.py        registers, spills and shared memory of a kernel, with no GPU
+    compile.py      the entry: a graph becomes a callable
+"""

@@ -1,0 +1,84 @@
+"""Turn a region into kernels: group its outputs into sections that share rows, and sections into one launch."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from graphopt.backends.triton.region import Region, Unsupported
+from graphopt.backends.triton.rows import Names, RowSection
+from graphopt.backends.triton.source import Kernel, pointer_type, provenance, signature
+
+
+def generate(graph_module: GraphModule) -> Kernel:
+    """The kernel of a region.
+
+    Raises Unsupported, with the reason, when the region contains something that has no kernel.
+    """
+    region = Region(graph_module)
+    try:
+        return _rows(region)
+    except RecursionError as error:
+        raise Unsupported("the region nests too deeply") from error
+
+
+def _rows(region: Region) -> Kernel:
+    names = Names()
+    groups = _groups(region)
+    sections = [RowSection(region, group, number, names) for number, group in enumerate(groups)]
+    body: list[str] = ["program = tl.program_id(0)"]
+    grid: list[str] = []
+    for number, section in enumerate(sections):
+        last = number == len(sections) - 1
+        program = "program" if number == 0 else f"program_{number}"
+        _nest(body, number, last, program, section)
+        grid.append(section.programs)
+    constants = {k: v for s in sections for k, v in s.constants.items()}
+    pointers = [f"in{i}" for i in range(len(region.inputs))] + [f"out{i}" for i in range(len(region.outputs))]
+    sizes = list(region.parameters)
+    text = "\n".join([signature(pointers, sizes, constants), *(f"    {line}" for line in body)]) + "\n"
+    helpers = frozenset().union(*(s.evaluator.helpers for s in sections))
+    warps = max(s.num_warps for s in sections)
+    return Kernel(
+        kind="rows", body=text, parameters=tuple(pointers),
+        types=tuple(pointer_type(n) for n in (*region.inputs, *region.outputs)), sizes=tuple(region.parameters.items()),
+        constants=constants, grid=" + ".join(grid), num_warps=warps, num_stages=2, helpers=helpers,
+        comment=provenance(region),
+    )
+
+
+def _nest(body: list[str], number: int, last: bool, program: str, section: RowSection) -> None:
+    """Append a section's lines under its branch of the chain of conditions."""
+    depth = "    " * number
+    lines = section.lines(program)
+    if number:
+        before = "program" if number == 1 else f"program_{number - 1}"
+        body.append(f"{depth}{program} = {before} - blocks_{number - 1}")
+    if last:
+        body += [f"{depth}{line}" for line in lines]
+        return
+    body.append(f"{depth}blocks_{number} = tl.{section.programs}")
+    body.append(f"{depth}if {program} < blocks_{number}:")
+    body += [f"{depth}    {line}" for line in lines]
+    body.append(f"{depth}else:")
+
+
+def _groups(region: Region) -> list[list[int]]:
+    """Outputs that one section can compute together, greedily."""
+    groups: list[list[int]] = []
+    for output in range(len(region.outputs)):
+        for group in groups:
+            if _fits(region, [*group, output]):
+                group.append(output)
+                break
+        else:
+            groups.append([output])
+    return groups
+
+
+def _fits(region: Region, outputs: list[int]) -> bool:
+    try:
+        RowSection(region, outputs, 0, Names()).lines("program")
+    except Unsupported:
+        return False
+    return True
+

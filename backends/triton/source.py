@@ -1,0 +1,93 @@
+"""The text of one kernel, and what its caller must know to launch it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+
+import sympy
+from torch.fx import Node
+
+from graphopt import edit
+from graphopt.backends.triton import expressions
+from graphopt.backends.triton.region import Region
+
+_UNPRINTABLE = re.compile(r"[^ -~]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A generated kernel.
+
+    body: the function after its name, that is from the parameter list on; kernels with equal bodies are one kernel.
+    parameters: the pointer parameters, `in0` ... for the region's inputs and `out0` ... for its outputs,
+    and types: Triton's names of their types ("*bf16").
+    sizes: the size parameters with the expressions, in the symbols of the graph the kernel was generated for.
+    constants: the values of the constexpr parameters. grid: the number of programs, in parameters and constants.
+    """
+
+    kind: str
+    body: str
+    parameters: tuple[str, ...]
+    types: tuple[str, ...]
+    sizes: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    constants: dict[str, int]
+    grid: str
+    num_warps: int
+    num_stages: int
+    helpers: frozenset[str]
+    comment: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """What equal kernels share."""
+        whole = repr((self.kind, self.body, sorted(self.constants.items()), self.num_warps, self.num_stages))
+        return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+    def text(self, name: str) -> str:
+        """The kernel's definition under the given name."""
+        comment = "".join(f"# {line}\n" for line in self.comment)
+        return f"{comment}@triton.jit\ndef {name}{self.body}"
+
+
+def harmless(text: str) -> str:
+    """Text of a graph made fit for a one-line comment: printable ASCII only, at most 160 characters."""
+    return _UNPRINTABLE.sub("?", text)[:160]
+
+
+def provenance(region: Region) -> tuple[str, ...]:
+    """Comment lines: the operators of a region, the passes that made them, and the model's source lines."""
+    nodes = [n for n in region.graph_module.graph.nodes if n.op == "call_function"]
+    operators = [str(getattr(n.target, "overloadpacket", n.target)).rsplit(".", 1)[-1] for n in nodes]
+    passes = {p.pass_name: None for n in nodes if (p := n.meta.get("graphopt")) is not None and hasattr(p, "pass_name")}
+    lines = {edit.source_line(n): None for n in nodes}
+    comment = [f"computes: {harmless(', '.join(operators))}"]
+    if passes:
+        comment.append(f"passes: {harmless(', '.join(passes))}")
+    comment += [f"from {harmless(line)}" for line in list(lines)[:4] if line]
+    for label, group in (("in", region.inputs), ("out", region.outputs)):
+        for place, node in enumerate(group):
+            shape = ", ".join(str(s) for s in region.sizes(node))
+            comment.append(harmless(f"{label}{place}: {str(node.meta['val'].dtype).removeprefix('torch.')} [{shape}]"))
+    return tuple(comment)
+
+
+def pointer_type(node: Node) -> str:
+    """Triton's name for a pointer to a node's elements."""
+    name = expressions.STORED[node.meta["val"].dtype].removeprefix("tl.")
+    short = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "int1": "i1"}
+    return "*" + short.get(name, name.replace("int", "i"))
+
+
+def signature(pointers: Sequence[str], sizes: Sequence[sympy.Symbol], constants: dict[str, int]) -> str:
+    """The parameter list of a kernel: pointers, sizes, constants, and the integer type of indices."""
+    names = [*pointers, *(s.name for s in sizes)]
+    fixed = [f"{name}: tl.constexpr" for name in (*constants, "INDEX")]
+    return f"({', '.join(names + fixed)}):"
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,380 @@
+"""ATen operators that need more than a template: selections, joins, gathers, constants, casts with options.
+
+Each function takes the evaluator, the node, the index wanted, and the guard, and answers the value. Reductions and scans
+are only named here (`is_reduction`); `rows.py` computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from graphopt.backends.triton import expressions
+from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
+from graphopt.backends.triton.printer import text_of
+from graphopt.backends.triton.region import Unsupported
+from graphopt.index_map import Index, broadcast_index
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
+PRODUCTS = frozenset({aten.prod.default, aten.prod.dim_int})
+EXTREMES = frozenset({aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.any.default,
+                      aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims})
+POSITIONS = frozenset({aten.argmax.default, aten.argmin.default})
+PAIRS = frozenset({aten.max.dim, aten.min.dim})
+VARIANCES = frozenset({aten.var_mean.correction, aten.var.correction})
+SCANS = frozenset({aten.cumsum.default, aten.cumprod.default})
+REDUCTIONS = SUMS | PRODUCTS | EXTREMES | POSITIONS | PAIRS | VARIANCES | SCANS
+
+Structure = Callable[[Evaluator, Node, Index, Guard | None], Value]
+
+
+def is_reduction(node: Node) -> bool:
+    """Does the node's value depend on a whole row of its operand? A result picked of several counts as well."""
+    return node.target in REDUCTIONS or (
+        getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[0], Node)
+        and node.args[0].target in REDUCTIONS
+    )
+
+
+def picked(node: Node) -> tuple[Node, int | None]:
+    """The reduction behind a node, and which of its results the node is when there are several."""
+    if node.target in REDUCTIONS:
+        return node, None
+    source, place = node.args
+    assert isinstance(source, Node) and isinstance(place, int)
+    return source, place
+
+
+def _argument(node: Node, place: int, name: str, default: Any = None) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _convert(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    value = e.operand(node.args[0], index, guard)
+    target = node.meta["val"].dtype
+    if target not in expressions.CARRIERS or value.dtype not in expressions.CARRIERS:
+        raise Unsupported(f"conversion of {value.dtype} to {target}")
+    text = expressions.convert(value.text, value.dtype, target)
+    if text == value.text:
+        return Value(text, target, value.uses)
+    return e.settle(text, target, value.uses)
+
+
+def _scaled_sum(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """add and sub with `alpha`."""
+    alpha = node.kwargs.get("alpha", _argument(node, 2, "alpha", 1))
+    rule = expressions.TABLE[aten.sub.Tensor if "sub" in str(node.target) else aten.add.Tensor]
+    if alpha == 1 or isinstance(alpha, bool):
+        return e.pointwise(rule, node, node.args[:2], index, guard)
+    if not isinstance(alpha, (int, float)):
+        raise Unsupported("a symbolic alpha")
+    scaled = expressions.Rule(lambda o, d: rule.text([o[0], f"({o[1]} * {expressions.literal(alpha)})"], d))
+    return e.pointwise(scaled, node, node.args[:2], index, guard)
+
+
+def _divide(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    mode = node.kwargs.get("rounding_mode")
+    rule = expressions.TABLE[aten.div.Tensor if mode is None else f"div_{mode}"]
+    return e.pointwise(rule, node, node.args[:2], index, guard)
+
+
+def _power(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    exponent = node.args[1]
+    if isinstance(exponent, (int, float)):
+        dtype = node.meta["val"].dtype
+        special = expressions.power_of_constant("{0}", float(exponent), dtype)
+        if special is not None:
+            return e.pointwise(expressions.Rule(special), node, node.args[:1], index, guard)
+        if dtype.is_floating_point:
+            rule = expressions.Rule(f"libdevice.pow({{0}}, {expressions.literal(float(exponent))})")
+            return e.pointwise(rule, node, node.args[:1], index, guard)
+    return e.pointwise(expressions.TABLE[node.target], node, node.args[:2], index, guard)
+
+
+def _where(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    condition, *branches = (e.operand(a, index, guard) for a in node.args[:3])
+    return _select(e, node.meta["val"].dtype, condition, *branches)
+
+
+def _select(e: Evaluator, dtype: torch.dtype, condition: Value, yes: Value, no: Value) -> Value:
+    test = condition.text if condition.dtype == torch.bool else f"({condition.text} != 0)"
+    texts = [_as(value, dtype) for value in (yes, no)]
+    return e.settle(f"tl.where({test}, {texts[0]}, {texts[1]})", dtype, condition.uses | yes.uses | no.uses)
+
+
+def _as(value: Value, dtype: torch.dtype) -> str:
+    """The value's text in the carrier of `dtype`; a number is written out in it."""
+    if dtype not in expressions.CARRIERS:
+        raise Unsupported(f"dtype {dtype}")
+    if value.uses or not _is_number(value.text):
+        return expressions.convert(value.text, value.dtype, dtype)
+    full = f"tl.full([], {value.text}, {expressions.CARRIERS[dtype]})"
+    return expressions.convert(full, torch.float32, dtype) if dtype in expressions.ROUNDED else full
+
+
+def _is_number(text: str) -> bool:
+    stripped = text.strip("(-)")
+    return stripped[:1].isdigit() or stripped in ("True", "False") or stripped.startswith("float(")
+
+
+def _masked_fill(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    value, condition, fill = (e.operand(a, index, guard) for a in node.args[:3])
+    return _select(e, node.meta["val"].dtype, condition, fill, value)
+
+
+def _clamp(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+    operands = [node.args[0], *(bound for bound in (low, high) if bound is not None)]
+    first = expressions.TABLE[aten.maximum.default if low is not None else aten.minimum.default]
+    if low is None or high is None:
+        return e.pointwise(first, node, operands, index, guard)
+    second = expressions.TABLE[aten.minimum.default]
+    both = expressions.Rule(lambda o, d: second.text([first.text(o[:2], d), o[2]], d), exact=True)
+    return e.pointwise(both, node, operands, index, guard)
+
+
+def _gelu(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    if node.kwargs.get("approximate", "none") == "tanh":
+        text = ("0.5 * {0} * (1.0 + libdevice.tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0})))")
+    else:
+        text = "{0} * 0.5 * (1.0 + tl.erf({0} * 0.7071067811865476))"
+    return e.pointwise(expressions.Rule(text), node, node.args[:1], index, guard)
+
+
+def _full(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    number = 0 if len(node.args) < 2 and node.target is not aten.scalar_tensor.default else node.args[
+        0 if node.target is aten.scalar_tensor.default else 1]
+    return Value(_as(e.operand(number, ()), node.meta["val"].dtype), node.meta["val"].dtype)
+
+
+def _constant_of(number: int) -> Structure:
+    def constant(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+        dtype = node.meta["val"].dtype
+        return Value(_as(Value(str(number), torch.int64), dtype), dtype)
+
+    return constant
+
+
+def _iota(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    dtype = node.meta["val"].dtype
+    start, step = (e.region.size(node.kwargs[k]) for k in ("start", "step"))
+    return _index_value(e, index[0] * step + start, dtype)
+
+
+def _arange(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    numbers = [a for a in node.args if not isinstance(a, torch.dtype)]
+    if any(isinstance(n, float) for n in numbers):
+        raise Unsupported("arange of floating point numbers")
+    start = e.region.size(numbers[0]) if len(numbers) > 1 else sympy.Integer(0)
+    step = e.region.size(numbers[2]) if len(numbers) > 2 else sympy.Integer(1)
+    return _index_value(e, index[0] * step + start, node.meta["val"].dtype)
+
+
+def _index_value(e: Evaluator, position: sympy.Expr, dtype: torch.dtype) -> Value:
+    text, uses = e.index_text(sympy.expand(position))
+    if not uses:
+        return Value(_as(Value(f"({text})", torch.int64), dtype), dtype)
+    kind = expressions.CARRIERS.get(dtype)
+    if kind is None:
+        raise Unsupported(f"dtype {dtype}")
+    wide = f"({text}).to({kind})"
+    return e.settle(wide if dtype not in expressions.ROUNDED else expressions.rounded(wide, dtype), dtype, uses)
+
+
+def _condition(e: Evaluator, text: str, uses: frozenset[str], guard: Guard | None) -> Guard:
+    both = f"({text}) & {guard[0]}" if guard else text
+    used = uses | (guard[1] if guard else frozenset())
+    return e.skeleton.emit(both, used, "inside"), used
+
+
+def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    dtype = node.meta["val"].dtype
+    parts = [p for p in node.args[0] if p.meta["val"].dim() == len(index) or p.meta["val"].numel() != 0]  # type: ignore[union-attr]
+    dim = int(_argument(node, 1, "dim", 0)) % len(index)
+    begin: sympy.Expr = sympy.Integer(0)
+    place, uses = e.index_text(sympy.expand(index[dim]))
+    chosen: Value | None = None
+    pieces: list[tuple[str, Value]] = []
+    for part in parts:
+        size = e.region.sizes(part)[dim]
+        end = begin + size
+        if size != 0:
+            bounds = [f"({place} >= {text_of(begin, True)})"] * (begin != 0) + [f"({place} < {text_of(end, True)})"]
+            inner = (*index[:dim], sympy.expand(index[dim] - begin), *index[dim + 1 :])
+            test = _condition(e, " & ".join(bounds), uses, guard)
+            pieces.append((test[0], e.value(part, inner, test)))
+        begin = end
+    for test, value in reversed(pieces):
+        text = _as(value, dtype)
+        chosen = Value(text, dtype, value.uses) if chosen is None else e.settle(
+            f"tl.where({test}, {text}, {chosen.text})", dtype, chosen.uses | value.uses | uses)
+    if chosen is None:
+        raise Unsupported("a cat of empty tensors")
+    return chosen
+
+
+def _pad(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    operand, pads = node.args[0], node.args[1]
+    assert isinstance(operand, Node) and isinstance(pads, (list, tuple))
+    sizes = e.region.sizes(operand)
+    moved, tests, uses = list(index), [], frozenset[str]()
+    for k in range(len(pads) // 2):
+        dim = len(sizes) - 1 - k
+        before = e.region.size(pads[2 * k])
+        moved[dim] = sympy.expand(index[dim] - before)
+        place, used = e.index_text(moved[dim])
+        tests.append(f"({place} >= 0) & ({place} < {text_of(sizes[dim], True)})")
+        uses |= used
+    if not tests:
+        return e.value(operand, index, guard)
+    test = _condition(e, " & ".join(tests), uses, guard)
+    inner = e.value(operand, tuple(moved), test)
+    fill = e.operand(_argument(node, 2, "value", 0), ())
+    return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), inner, fill)
+
+
+def _checked(e: Evaluator, indices: Node, index: Index, size: sympy.Expr, guard: Guard | None, wrap: bool) -> Any:
+    """A loaded index as a symbol, and the guard that it lies in the dimension; negative ones count from the end."""
+    value = e.operand(indices, index, guard)
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise Unsupported(f"indices of dtype {value.dtype}")
+    limit = text_of(size, True)
+    if wrap:
+        value = e.settle(f"tl.where({value.text} < 0, {value.text} + {limit}, {value.text})", value.dtype, value.uses)
+    elif not value.text.isidentifier():
+        value = e.settle(f"{value.text} + 0", value.dtype, value.uses)
+    test = _condition(e, f"({value.text} >= 0) & ({value.text} < {limit})", value.uses, guard)
+    return e.as_symbol(value, size), test
+
+
+def _embedding(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    weight, indices = node.args[:2]
+    assert isinstance(weight, Node) and isinstance(indices, Node)
+    row, test = _checked(e, indices, index[:-1], e.region.sizes(weight)[0], guard, wrap=False)
+    return e.value(weight, (row, index[-1]), test)
+
+
+def _index_select(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    operand, dim, indices = node.args[:3]
+    assert isinstance(operand, Node) and isinstance(indices, Node) and isinstance(dim, int)
+    if not index:
+        return e.value(operand, index, guard)
+    axis = dim % len(index)
+    place = (index[axis],) if indices.meta["val"].dim() else ()
+    row, test = _checked(e, indices, place, e.region.sizes(operand)[axis], guard, wrap=False)
+    return e.value(operand, (*index[:axis], row, *index[axis + 1 :]), test)
+
+
+def _gather(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    operand, dim, indices = node.args[:3]
+    assert isinstance(operand, Node) and isinstance(indices, Node) and isinstance(dim, int)
+    if not index:
+        return e.value(operand, index, guard)
+    axis = dim % len(index)
+    row, test = _checked(e, indices, index, e.region.sizes(operand)[axis], guard, wrap=False)
+    return e.value(operand, (*index[:axis], row, *index[axis + 1 :]), test)
+
+
+def _advanced_index(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """x[i, :, j]: the index tensors broadcast; their dimensions come first unless they stand side by side."""
+    operand, listed = node.args[0], node.args[1]
+    assert isinstance(operand, Node) and isinstance(listed, (list, tuple))
+    sizes = e.region.sizes(operand)
+    given = {dim: tensor for dim, tensor in enumerate(listed) if tensor is not None}
+    if any(t.meta["val"].dtype == torch.bool for t in given.values()):  # type: ignore[union-attr]
+        raise Unsupported("an index by a mask: its size depends on the data")
+    rank = max(t.meta["val"].dim() for t in given.values())  # type: ignore[union-attr]
+    dims = sorted(given)
+    first = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
+    own = index[first : first + rank]
+    others = iter((*index[:first], *index[first + rank :]))
+    moved: list[sympy.Expr] = []
+    for dim, size in enumerate(sizes):
+        if dim in given:
+            tensor = given[dim]
+            assert isinstance(tensor, Node)
+            row, guard = _checked(e, tensor, broadcast_index(own, e.region.sizes(tensor)), size, guard, wrap=True)
+            moved.append(row)
+        else:
+            moved.append(next(others))
+    return e.value(operand, tuple(moved), guard)
+
+
+def _slice_scatter(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    base, source = node.args[:2]
+    assert isinstance(base, Node) and isinstance(source, Node)
+    axis = int(_argument(node, 2, "dim", 0)) % len(index)
+    start, step = _argument(node, 3, "start"), _argument(node, 5, "step", 1)
+    size = e.region.sizes(base)[axis]
+    begin = e.region.size(0 if start is None else start)
+    if step != 1 or (begin.is_Integer and begin < 0 and not size.is_Integer):
+        raise Unsupported("slice_scatter with a step or a negative symbolic start")
+    begin = begin + size if begin.is_Integer and begin < 0 else begin
+    place, uses = e.index_text(sympy.expand(index[axis] - begin))
+    test = _condition(e, f"({place} >= 0) & ({place} < {text_of(e.region.sizes(source)[axis], True)})", uses, guard)
+    new = e.value(source, (*index[:axis], sympy.expand(index[axis] - begin), *index[axis + 1 :]), test)
+    return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), new, e.value(base, index, guard))
+
+
+def _select_scatter(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    base, source, dim, at = node.args[:4]
+    assert isinstance(base, Node) and isinstance(source, Node) and isinstance(dim, int)
+    axis = dim % len(index)
+    where = e.region.size(at)
+    where = where + e.region.sizes(base)[axis] if where.is_Integer and where < 0 else where
+    place, uses = e.index_text(sympy.expand(index[axis]))
+    test = _condition(e, f"{place} == {text_of(where, True)}", uses, guard)
+    new = e.value(source, (*index[:axis], *index[axis + 1 :]), test)
+    return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), new, e.value(base, index, guard))
+
+
+def _copy(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """copy(destination, source): the source, converted."""
+    value = e.operand(node.args[1], index, guard)
+    return Value(_as(value, node.meta["val"].dtype), node.meta["val"].dtype, value.uses)
+
+
+STRUCTURES: dict[Any, Structure] = {
+    prims.convert_element_type.default: _convert,
+    aten._to_copy.default: _convert,
+    aten.add.Tensor: _scaled_sum,
+    aten.sub.Tensor: _scaled_sum,
+    aten.add.Scalar: _scaled_sum,
+    aten.sub.Scalar: _scaled_sum,
+    aten.div.Tensor_mode: _divide,
+    aten.div.Scalar_mode: _divide,
+    aten.pow.Tensor_Scalar: _power,
+    aten.where.self: _where,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.masked_fill.Tensor: _masked_fill,
+    aten.clamp.default: _clamp,
+    aten.clamp.Tensor: _clamp,
+    aten.gelu.default: _gelu,
+    aten.full.default: _full,
+    aten.full_like.default: _full,
+    aten.scalar_tensor.default: _full,
+    aten.zeros.default: _constant_of(0),
+    aten.ones.default: _constant_of(1),
+    aten.zeros_like.default: _constant_of(0),
+    aten.ones_like.default: _constant_of(1),
+    prims.iota.default: _iota,
+    aten.arange.default: _arange,
+    aten.arange.start: _arange,
+    aten.arange.start_step: _arange,
+    aten.cat.default: _cat,
+    aten.constant_pad_nd.default: _pad,
+    aten.embedding.default: _embedding,
+    aten.index_select.default: _index_select,
+    aten.gather.default: _gather,
+    aten.index.Tensor: _advanced_index,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.copy.default: _copy,
+}
