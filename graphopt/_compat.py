@@ -56,6 +56,12 @@ def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode | None:
     return None
 
 
+def fake_value(graph_module: fx.GraphModule, value: torch.Tensor) -> torch.Tensor:
+    """The fake value that stands for a constant tensor in the graph."""
+    mode = fake_mode_of(graph_module)
+    return value if mode is None else mode.from_tensor(value, static_shapes=True)
+
+
 @contextlib.contextmanager
 def fake_execution(graph_module: fx.GraphModule) -> Iterator[None]:
     """Run torch operations on the graph's fake values, keeping symbolic sizes symbolic."""
@@ -132,6 +138,9 @@ def inductor_compile(
         stack.enter_context(inductor_config.patch(config))
         if mode is not None:
             stack.enter_context(V.set_fake_mode(mode))
+            # Constants that passes folded are real tensors in the graph.
+            stack.callback(setattr, mode, "allow_non_fake_inputs", mode.allow_non_fake_inputs)
+            mode.allow_non_fake_inputs = True
         code: Callable[[list[Any]], Any] = compile_fx_inner(
             graph_module,
             inputs,
@@ -203,6 +212,18 @@ def reload(compiled: Any, inputs: Sequence[Any], graph_kwargs: Any) -> Callable[
     return result
 
 
+def suggest_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo treat the size of `dim` as a symbol from the first time it sees `tensor` (it may decline)."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def storage_holders(tensor: torch.Tensor) -> int:
+    """How many tensors, C++ or Python objects hold the memory of `tensor`, this question not counted."""
+    storage = tensor.untyped_storage()
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    return holders - 1
+
+
 def prepare_dynamo() -> None:
     """Make Dynamo keep float attributes (eps, scale) as constants of the graph, also under `dynamic=True`."""
     import torch._dynamo.config as dynamo_config
@@ -244,3 +265,43 @@ def watching_dynamo() -> Iterator[DynamoEvents]:
         events.graph_breaks = [
             reason.splitlines()[0] for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
         ]
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Run torch on real tensors although a compilation (fake tensors, tracing) may be in progress around the block."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with unset_fake_temporarily(), _disable_current_modes():
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class SymbolFacts:
+    """What is known about the symbolic sizes of a graph: for each symbol (hint, lowest, highest), and true relations."""
+
+    symbols: dict[Any, tuple[int | None, int, int]]
+    relations: tuple[Any, ...]
+
+
+def symbol_facts(values: Sequence[object]) -> SymbolFacts:
+    """The symbols in the sizes of fake values, with hints, ranges and guards of their shape environment."""
+    numbers = [value for value in values if isinstance(value, torch.SymInt)]
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            numbers += [part for part in (*value.shape, *value.stride()) if isinstance(part, torch.SymInt)]
+    symbols: dict[Any, tuple[int | None, int, int]] = {}
+    relations: dict[Any, None] = {}
+    for number in numbers:
+        environment = number.node.shape_env
+        for symbol in number.node.expr.free_symbols:
+            if environment is None or symbol in symbols:
+                continue
+            limits = environment.var_to_range.get(symbol)
+            hint = environment.backed_var_to_val.get(symbol)
+            low = int(limits.lower) if limits is not None and limits.lower.is_Integer else 0
+            high = int(limits.upper) if limits is not None and limits.upper.is_Integer else 1 << 40
+            symbols[symbol] = (None if hint is None else int(hint), max(low, 0), high)
+            relations |= dict.fromkeys(guard.expr for guard in environment.guards)
+    return SymbolFacts(symbols, tuple(relations))

@@ -46,12 +46,16 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Application:
-    """One rewrite, seen while both sides are still in the graph: `pairs` holds (replaced node, its replacement)."""
+    """One rewrite, seen while both sides are still in the graph: `pairs` holds (replaced node, its replacement).
+
+    same_layout: whether the replacements lie in memory as the replaced values did.
+    """
 
     graph_module: fx.GraphModule
     provenance: Provenance
     exactness: str
     pairs: tuple[tuple[fx.Node, fx.Node], ...]
+    same_layout: bool = True
 
 
 @dataclasses.dataclass
@@ -105,12 +109,22 @@ class Rewrite:
         self.provenance = provenance
         self.applied = 0
         self._permitted = permitted
+        self._same_layout = True
         self._new: list[fx.Node] = []
         self._pairs: list[tuple[fx.Node, fx.Node]] = []
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before the anchor, with its fake value."""
-        with self.graph_module.graph.inserting_before(self.anchor):
+        return self._call_before(self.anchor, target, args, kwargs)
+
+    def call_last(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node behind all others: where a graph writes into its inputs."""
+        return self._call_before(self.graph_module.graph.output_node(), target, args, kwargs)
+
+    def _call_before(
+        self, place: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node:
+        with self.graph_module.graph.inserting_before(place):
             node = self.graph_module.graph.call_function(target, args, kwargs)
         node.meta["val"] = evaluate(self.graph_module, node)
         self._adopt(node)
@@ -130,18 +144,30 @@ class Rewrite:
         with self.graph_module.graph.inserting_before(self.anchor):
             for node in traced.graph.nodes:
                 if node.op == "get_attr":
-                    environment[node] = self._constant(getattr(traced, node.target))
+                    environment[node] = self.constant(getattr(traced, node.target))
                 elif node.op == "call_function":
                     copy = self.graph_module.graph.node_copy(node, lambda source: environment[source])
                     self._adopt(copy)
                     environment[node] = copy
         return fx.map_arg(traced.graph.output_node().args[0], lambda source: environment[source])
 
-    def replace(self, old: fx.Node, new: fx.Node | Sequence[fx.Node]) -> None:
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """A new node that holds a tensor known now. It is shared by all calls: never let it become an output."""
+        name = f"_graphopt_constant{sum(1 for _ in self.graph_module.named_buffers())}"
+        self.graph_module.register_buffer(name, value)
+        with self.graph_module.graph.inserting_before(self.anchor):
+            node = self.graph_module.graph.get_attr(name)
+        node.meta["val"] = _compat.fake_value(self.graph_module, value)
+        self._adopt(node)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node | Sequence[fx.Node], *, same_layout: bool = True) -> None:
         """Let all users of `old` use `new`. Shape, dtype and strides must be the same.
 
-        A node with several results may be replaced by a sequence of nodes.
+        A node with several results may be replaced by a sequence of nodes. same_layout=False permits other strides;
+        the pass then answers for the values of all nodes that depend on them.
         """
+        self._same_layout &= same_layout
         if isinstance(new, fx.Node):
             self._pair(old, new)
             return
@@ -153,17 +179,9 @@ class Rewrite:
     def _pair(self, old: fx.Node, new: fx.Node) -> None:
         if self._permitted:
             difference = shapes.difference(old.meta.get("val"), new.meta.get("val"))
-            if difference:
+            if difference and (self._same_layout or not difference.startswith("stride")):
                 raise PassError(f"{self.provenance.pass_name} replaces {old.name} by {new.name} of another {difference}")
         self._pairs.append((old, new))
-
-    def _constant(self, value: torch.Tensor) -> fx.Node:
-        name = f"_graphopt_constant{sum(1 for _ in self.graph_module.named_buffers())}"
-        self.graph_module.register_buffer(name, value)
-        node = self.graph_module.graph.get_attr(name)
-        node.meta["val"] = value
-        self._adopt(node)
-        return node
 
     def _adopt(self, node: fx.Node) -> None:
         node.meta["graphopt"] = self.provenance
@@ -183,7 +201,11 @@ class Rewrite:
         if current is not None:
             current.rewrites += 1
             if current.observer is not None:
-                current.observer(Application(self.graph_module, provenance, current.exactness, tuple(self._pairs)))
+                current.observer(
+                    Application(
+                        self.graph_module, provenance, current.exactness, tuple(self._pairs), self._same_layout
+                    )
+                )
         for old, new in self._pairs:
             # The new node may itself read the old one (a pass that adds a step behind it).
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self._new)
@@ -248,5 +270,6 @@ def is_impure(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+        seeded = torch.Tag.nondeterministic_seeded in node.target.tags
+        return seeded or node.target._schema.is_mutable or bool(node.is_impure())
     return bool(node.is_impure())

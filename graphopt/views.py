@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import fx
@@ -22,9 +24,25 @@ RESHAPES = (
 )
 
 
+# Views that differ from their input in shape, strides and offset only (a conjugate or another dtype is no such view).
+VIEWS = (
+    *RESHAPES,
+    aten.permute.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.transpose.int,
+    aten.t.default,
+    aten.detach.default,
+    aten.as_strided.default,
+    aten.diagonal.default,
+    aten.unfold.default,
+)
+
+
 def is_view(node: fx.Node) -> bool:
-    """Whether the node's result is a view of its first argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    """Whether the node shows elements of its first argument, unchanged."""
+    return node.target in VIEWS
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -43,9 +61,67 @@ def chain(node: fx.Node, targets: tuple[object, ...] | None = None) -> Iterator[
 
 
 def root(node: fx.Node) -> fx.Node:
-    """The node whose memory this one shows."""
+    """The node whose elements this one shows."""
     *_, last = chain(node)
     return last
+
+
+def storage(node: fx.Node) -> fx.Node:
+    """The node that allocated the memory which this one shows or was written into."""
+    while (seen := _aliased(node)) is not None:
+        node = seen
+    return node
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    if node.target is operator.getitem:
+        return _aliased(cast(fx.Node, node.args[0]))
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    returned = node.target._schema.returns
+    if not returned or returned[0].alias_info is None or not isinstance(node.args[0], fx.Node):
+        return None
+    return node.args[0]
+
+
+class Exposure:
+    """Which memory of a graph its callers see, and which is written: there, a copy is more than its values.
+
+    outputs: the nodes that are results of the graph. shared: the memory they show. written: memory that is updated in
+    place, as far as is known.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.outputs = set(graph.output_node().all_input_nodes)
+        self.shared = {storage(node) for node in self.outputs}
+        self.written = {storage(seen) for node in graph.nodes if _may_write(node) for seen in node.all_input_nodes}
+
+    def may_become(self, copy: fx.Node, original: fx.Node) -> bool:
+        """Whether users of `copy`, equal in value, may see `original` instead."""
+        if self.written & {storage(copy), storage(original)}:
+            return False
+        if copy in self.outputs and (original in self.outputs or original.op in ("placeholder", "get_attr")):
+            return False
+        if storage(copy) is storage(original) or storage(copy) not in self.shared:
+            return True
+        return storage(original) not in self.shared and storage(original).op not in ("placeholder", "get_attr")
+
+    def became(self, copy: fx.Node, original: fx.Node) -> None:
+        """Note that users of `copy` now see `original`."""
+        if copy in self.outputs:
+            self.outputs.add(original)
+        if storage(copy) in self.shared:
+            self.shared.add(storage(original))
+
+
+def _may_write(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem or _is_symbolic(node):
+        return node.op == "call_module"
+    return not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable
+
+
+def _is_symbolic(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def is_constant_input(node: fx.Node) -> bool:
