@@ -15,6 +15,7 @@ from graphopt import _compat
 from graphopt.capture import GraphInfo, undecomposed
 from graphopt.lowering import Choice, Lowering, choose, expand
 from graphopt.options import Options
+from graphopt.runtime import kv as kv  # what the cache operations do at call time
 from graphopt.runtime import prologue
 from graphopt.runtime.artifact import Artifact
 
@@ -28,8 +29,8 @@ def compile_graph(
 ) -> tuple[Artifact, list[Choice]]:
     """The graph as a boxed Inductor artifact, and how each dialect operation was lowered."""
     choices = choose(graph_module, lowerings)
-    expand(graph_module, undecomposed())
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
+    expand(graph_module, undecomposed())
     graph_module.recompile()
     compiled = _compat.inductor_compile(
         graph_module,

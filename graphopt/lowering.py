@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import edit, ops
+from graphopt import capture, edit, ops
 
 Supports = Callable[[fx.Node], str | None]
 Emit = Callable[[edit.Rewrite, fx.Node], fx.Node]
@@ -28,6 +28,23 @@ class Lowering:
     op: torch._ops.OpOverload
     supports: Supports
     emit: Emit
+
+
+def same_arguments(target: torch._ops.OpOverload) -> Emit:
+    """An `emit` that calls `target` with the dialect operation's arguments in the order of its schema."""
+
+    def emit(rewrite: edit.Rewrite, node: fx.Node) -> fx.Node:
+        return rewrite.call(target, *arguments(node).values())
+
+    return emit
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's node by name, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    declared = node.target._schema.arguments
+    given = dict(zip((argument.name for argument in declared), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in declared}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +80,12 @@ def choose(graph_module: fx.GraphModule, lowerings: Sequence[Lowering]) -> list[
 
 def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -> None:
     """Decompose dialect operations by their meaning, and operations of `table` by their decomposition. In place."""
+    complete = {**capture.decompositions(), **table}
     for node in list(graph_module.graph.nodes):
         function = ops.meaning(node.target) or (node.target if node.target in table else None)
         if function is None:
             continue
         with edit.rewriting(graph_module, node) as rewrite:
-            new = rewrite.inline(function, *node.args, decompositions=table, **node.kwargs)
+            new = rewrite.inline(function, *node.args, decompositions=complete, **node.kwargs)
             rewrite.replace(node, new)
     edit.eliminate_dead_code(graph_module)

@@ -16,7 +16,7 @@ _library = torch.library.Library("graphopt", "DEF")
 _meanings: dict[torch._ops.OpOverload, Callable[..., object]] = {}
 
 
-def _operation(schema: str) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
+def operation(schema: str) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
     """Register a function as dialect operation `schema`; its body is used on real and on fake tensors."""
 
     def register(meaning: Callable[..., object]) -> torch._ops.OpOverload:
@@ -40,19 +40,19 @@ def operations() -> tuple[torch._ops.OpOverload, ...]:
     return tuple(_meanings)
 
 
-@_operation("(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+@operation("(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N], in the dtype of x."""
     return F.linear(x, weight, bias)
 
 
-@_operation("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+@operation("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
 def parallel_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Several linears of one input x [..., K]: one result [..., N_i] for each weight [N_i, K]."""
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-@_operation(
+@operation(
     "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool is_causal=False, float scale,"
     " float softcap=0., int window=0) -> Tensor"
 )
@@ -103,7 +103,7 @@ def _visible(rows: int, columns: int, is_causal: bool, window: int, device: torc
     return visible & (j > i - window) if window else visible
 
 
-@_operation("(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
+@operation("(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary position embedding (Su et al., 2021) of x [..., S, D] by cos and sin that broadcast to it.
 
@@ -117,7 +117,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     return x * cos + rotated * sin
 
 
-@_operation("(Tensor x, Tensor? weight, float eps, float weight_offset=0., bool cast_first=True) -> Tensor")
+@operation("(Tensor x, Tensor? weight, float eps, float weight_offset=0., bool cast_first=True) -> Tensor")
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0, cast_first: bool = True
 ) -> Tensor:
@@ -134,3 +134,25 @@ def rms_norm(
         scale = weight if weight_offset == 0.0 else weight + weight_offset
         return scale * normed.to(x.dtype)
     return (normed * (weight.float() + weight_offset)).to(x.dtype)
+
+
+@operation("(Tensor past, SymInt count, int dim) -> Tensor")
+def kv_reserve(past: Tensor, count: int, dim: int) -> Tensor:
+    """A growing KV cache `past` with room for `count` more rows along `dim`; the new rows hold nothing yet.
+
+    past has any shape, say [B, H, S, D] with dim 2; the result [B, H, S + count, D] lies in memory as [S + count, B, H, D],
+    so that its strides do not depend on its length. At call time (`runtime/kv.py`) the rows of `past` are
+    copied only if the room behind them is not free.
+    """
+    size = list(past.shape)
+    size[dim] += count
+    room = kv_allocate(size, dim, dtype=past.dtype, device=past.device)
+    room.narrow(dim, 0, past.shape[dim]).copy_(past)
+    return room
+
+
+@operation("(SymInt[] size, int dim, *, ScalarType dtype, Device device) -> Tensor")
+def kv_allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new KV cache of the given size that will grow along `dim`, with nothing in it yet; see `kv_reserve`."""
+    rows, *rest = size[dim], *size[:dim], *size[dim + 1 :]
+    return torch.zeros(rows, *rest, dtype=dtype, device=device).movedim(0, dim)

@@ -15,9 +15,7 @@ from rich.table import Table
 
 from graphopt.lowering import Choice
 from graphopt.pipeline import PassReport
-
-counters: collections.Counter[str] = collections.Counter()
-"""How often things happened in this process: "graphs", "fallbacks", "passes_undone", "rewrites", ..."""
+from graphopt.runtime.counters import counters as counters
 
 
 @dataclasses.dataclass(frozen=True)

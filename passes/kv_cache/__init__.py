@@ -1,0 +1,1 @@
+"""Rewrites of KV caches: growing caches are appended to in place, fixed ones are written in place."""
