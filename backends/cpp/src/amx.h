@@ -96,27 +96,35 @@ INLINE void load_weight(const uint16_t* w, int64_t ldw, int64_t rows, int64_t co
   tile_load<tile>(buffer, 64);
 }
 
-// One tile of out^T, turned, biased, rounded and stored.
-template <int tile>
-INLINE void finish(const LinearTask& task, int64_t n, int64_t m, int64_t m_end, float* buffer) {
-  tile_store<tile>(buffer, 64);
-  F rows[16];
-  for (int i = 0; i < 16; ++i) rows[i] = load(buffer + 16 * i);
-  transpose(rows);
-  const __mmask16 mask = __mmask16((uint32_t(1) << smaller(task.n - n, 16)) - 1);
-  F bias{};
-  if (task.bias) {
-    __m256i b = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(task.bias) + n);
-    bias = F(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
+// One or two tiles of out^T below each other, turned, biased, rounded and stored.
+//
+// Rounding first, two rows of out^T to one vector of 32-bit pairs, halves the shuffles that turning costs.
+template <int tile, int count>
+INLINE void finish(const LinearTask& task, int64_t n, int64_t m, int64_t m_end) {
+  alignas(64) float sums[32][16];
+  tile_store<tile>(sums, 64);
+  if (count > 1) tile_store<tile + 1>(sums + 16, 64);
+  alignas(64) float bias[32] = {};
+  if (task.bias)
+    for (int64_t i = 0; i < smaller(task.n - n, 32); ++i) bias[i] = Bf16::to_float(static_cast<const uint16_t*>(task.bias)[n + i]);
+  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                       4, 19, 3, 18, 2, 17, 1, 16, 0);
+  F rows[16] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < 8 * count; ++i) {
+    F even = load(sums[2 * i]) + splat(bias[2 * i]), odd = load(sums[2 * i + 1]) + splat(bias[2 * i + 1]);
+    __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(__m512(odd), __m512(even));
+    rows[i] = F(_mm512_castsi512_ps(_mm512_permutexvar_epi16(zip, pair)));
   }
-  auto* out = static_cast<uint16_t*>(task.out) + n;
+  transpose(rows);
+  const __mmask32 mask = __mmask32((uint64_t(1) << smaller(task.n - n, 16 * count)) - 1);
+  auto* out = static_cast<uint16_t*>(task.out) + n + m * task.ldo;
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
-    if (m + i < m_end)
-      _mm256_mask_storeu_epi16(out + (m + i) * task.ldo, mask, (__m256i)_mm512_cvtneps_pbh(__m512(rows[i] + bias)));
+    if (m + i < m_end) _mm512_mask_storeu_epi16(out + i * task.ldo, mask, _mm512_castps_si512(__m512(rows[i])));
 }
 
-// A block of `left` x `right` tiles of out^T: sums in tiles 0-3, weight in 4-5, x in 6-7.
+// A block of `left` x `right` tiles of out^T: sums in tiles 0-1 and 2-3, weight in 4-5, x in 6-7.
 template <int left, int right>
 INLINE void tile_block(const LinearTask& task, PackedRows packed, int64_t n, int64_t m, Ahead ahead) {
   alignas(64) uint16_t edge[tile_elements];
@@ -124,8 +132,8 @@ INLINE void tile_block(const LinearTask& task, PackedRows packed, int64_t n, int
   const auto* w = static_cast<const uint16_t*>(task.weight) + n * task.ldw;
   const auto* x = static_cast<const uint16_t*>(packed.data) + m / tile_rows * tiles * tile_elements;
   tile_zero<0>();
-  if (right > 1) tile_zero<1>();
-  if (left > 1) tile_zero<2>();
+  if (left > 1) tile_zero<1>();
+  if (right > 1) tile_zero<2>();
   if (left > 1 && right > 1) tile_zero<3>();
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t k = t * tile_k, columns = task.k - k;
@@ -137,18 +145,15 @@ INLINE void tile_block(const LinearTask& task, PackedRows packed, int64_t n, int
     if (right > 1) tile_load<7>(x + (tiles + t) * tile_elements, 64);
     load_weight<4>(w + k, task.ldw, rows, columns, edge);
     tile_multiply_add<0, 4, 6>();
-    if (right > 1) tile_multiply_add<1, 4, 7>();
+    if (right > 1) tile_multiply_add<2, 4, 7>();
     if (left > 1) {
       load_weight<5>(w + k + tile_rows * task.ldw, task.ldw, rows - tile_rows, columns, edge);
-      tile_multiply_add<2, 5, 6>();
+      tile_multiply_add<1, 5, 6>();
       if (right > 1) tile_multiply_add<3, 5, 7>();
     }
   }
-  alignas(64) float buffer[16 * 16];
-  finish<0>(task, n, m, packed.m, buffer);
-  if (right > 1) finish<1>(task, n, m + tile_rows, packed.m, buffer);
-  if (left > 1) finish<2>(task, n + tile_rows, m, packed.m, buffer);
-  if (left > 1 && right > 1) finish<3>(task, n + tile_rows, m + tile_rows, packed.m, buffer);
+  finish<0, left>(task, n, m, packed.m);
+  if (right > 1) finish<2, left>(task, n, m + tile_rows, packed.m);
 }
 
 template <int left>

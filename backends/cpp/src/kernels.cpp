@@ -15,6 +15,7 @@ const graphopt::Kernels* graphopt::GRAPHOPT_TABLE(GRAPHOPT_ISA)() { return nullp
 using namespace graphopt;
 
 #include "amx.h"
+#include "attention.h"
 #include "linear.h"
 
 namespace {
@@ -45,6 +46,21 @@ void linear_rows(Dtype dtype, const LinearTask& task, PackedRows packed, int64_t
   with_multiplier(dtype, packed.m, [&]<class M>(M) { linear_range<M>(task, packed, begin, end); });
 }
 
+void attention_floats(Dtype dtype, const AttentionTask& task, int64_t* scratch, int64_t* part) {
+  with_storage(dtype, [&]<class S>(S) {
+    *scratch = Attention<S>::scratch_floats(task);
+    *part = Attention<S>::part_floats(task);
+  });
+}
+
+void attention_piece(Dtype dtype, const AttentionTask& task, const AttentionPiece& piece, float* scratch) {
+  with_storage(dtype, [&]<class S>(S) { Attention<S>(task, scratch, piece.part).run(piece); });
+}
+
+void attention_merge(Dtype dtype, const AttentionTask& task, const AttentionPiece* pieces, int64_t count) {
+  with_storage(dtype, [&]<class S>(S) { Attention<S>::merge(task, pieces, count); });
+}
+
 #if !defined(__AMX_BF16__)
 constexpr decltype(Kernels::pack_panel) pack_panel = nullptr;
 constexpr decltype(Kernels::linear_panel) linear_panel = nullptr;
@@ -57,9 +73,9 @@ constexpr Kernels table = {
     .linear_rows = linear_rows,
     .pack_panel = pack_panel,
     .linear_panel = linear_panel,
-    .attention_scratch_floats = nullptr,
-    .attention_piece = nullptr,
-    .attention_merge = nullptr,
+    .attention_floats = attention_floats,
+    .attention_piece = attention_piece,
+    .attention_merge = attention_merge,
 };
 
 }  // namespace

@@ -44,7 +44,7 @@ struct AttentionTask {
 };
 
 // Keys [begin, end) of one (batch, kv head), all its query rows. With part == null the result is written to out,
-// otherwise it is left unnormalised: rows x (dim_v accumulators, maximum, sum).
+// otherwise it is left there unnormalised, for attention_merge.
 struct AttentionPiece {
   int64_t batch, kv_head, begin, end;
   float* part;
@@ -60,7 +60,7 @@ struct Kernels {
   void (*pack_panel)(const void* x, int64_t ldx, PackedRows, int64_t m_begin, int64_t m_end);
   void (*linear_panel)(const LinearTask&, PackedRows, int64_t n_begin, int64_t n_end);
   // Decode attention, queries <= max_decode_rows.
-  size_t (*attention_scratch_floats)(Dtype, const AttentionTask&);
+  void (*attention_floats)(Dtype, const AttentionTask&, int64_t* scratch, int64_t* part);
   void (*attention_piece)(Dtype, const AttentionTask&, const AttentionPiece&, float* scratch);
   void (*attention_merge)(Dtype, const AttentionTask&, const AttentionPiece* pieces, int64_t count);
 };

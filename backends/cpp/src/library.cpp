@@ -10,19 +10,23 @@
 
 namespace graphopt {
 
-void* scratch(size_t bytes) {
+void* scratch(Scratch use, size_t bytes) {
   struct Free {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
   };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    memory.reset();
-    capacity = 0;
-    memory.reset(::operator new(bytes, std::align_val_t{64}));
-    capacity = bytes;
+  struct Block {
+    std::unique_ptr<void, Free> memory;
+    size_t capacity = 0;
+  };
+  thread_local Block blocks[2];
+  Block& block = blocks[static_cast<int>(use)];
+  if (bytes > block.capacity) {
+    block.memory.reset();
+    block.capacity = 0;
+    block.memory.reset(::operator new(bytes, std::align_val_t{64}));
+    block.capacity = bytes;
   }
-  return memory.get();
+  return block.memory.get();
 }
 
 namespace {

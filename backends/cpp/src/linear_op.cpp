@@ -65,7 +65,7 @@ void run_decode(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
   const int64_t grain = std::max<int64_t>(1, bytes_worth_threads / unit_bytes);
   at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     // Packed by each thread for itself: cheaper than fetching it from another core's cache.
-    PackedRows packed{scratch(table.packed_bytes(dtype, m, k)), m, k};
+    PackedRows packed{scratch(Scratch::per_thread, table.packed_bytes(dtype, m, k)), m, k};
     table.pack_rows(dtype, data, ldx, packed);
     int64_t first = 0;  // unit at which the task begins
     for (const LinearTask& task : tasks) {
@@ -78,13 +78,45 @@ void run_decode(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
   });
 }
 
+// Rows of x packed at a time: as many as stay in a core's cache while a thread's share of the weight passes by.
+constexpr int64_t panel_bytes = 1 << 20;
+
+// Many rows: x is packed once per call for all threads and weights, chunk by chunk.
+void run_prefill(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
+  const Kernels& table = kernels();
+  const Tensor rows = rows_of(x, m);
+  const int64_t k = rows.size(1), ldx = rows.stride(0);
+  const int64_t chunk = std::min(m, std::max<int64_t>(2 * row_unit, panel_bytes / (2 * k) / (2 * row_unit) * (2 * row_unit)));
+  PackedRows packed{scratch(Scratch::per_call, table.packed_bytes(Dtype::bf16, chunk, k)), chunk, k};
+  int64_t units = 0;
+  for (const LinearTask& task : tasks) units += (task.n + 2 * row_unit - 1) / (2 * row_unit);
+  for (int64_t done = 0; done < m; done += chunk) {
+    packed.m = std::min(chunk, m - done);
+    const auto* data = static_cast<const uint16_t*>(rows.const_data_ptr()) + done * ldx;
+    at::parallel_for(0, (packed.m + row_unit - 1) / row_unit, std::max<int64_t>(1, bytes_worth_threads / (row_unit * k)),
+                     [&](int64_t begin, int64_t end) { table.pack_panel(data, ldx, packed, begin * row_unit, end * row_unit); });
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (LinearTask task : tasks) {
+        const int64_t last = first + (task.n + 2 * row_unit - 1) / (2 * row_unit);
+        const int64_t from = (std::max(begin, first) - first) * 2 * row_unit;
+        const int64_t to = std::min((std::min(end, last) - first) * 2 * row_unit, task.n);
+        task.out = static_cast<uint16_t*>(task.out) + done * task.ldo;
+        if (from < to) table.linear_panel(task, packed, from, to);
+        first = last;
+      }
+    });
+  }
+}
+
 Tensor linear_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   if (kernel_takes(x, weight, bias)) {
     const int64_t m = x.numel() / x.size(-1);
-    if (m <= max_decode_rows) {
+    const bool decode = m <= max_decode_rows;
+    if (decode || (x.scalar_type() == at::kBFloat16 && kernels().linear_panel)) {
       Tensor out = at::empty(out_sizes(x, weight.size(0)), x.options());
       const LinearTask task = task_of(weight, bias, out);
-      run_decode(x, m, task);
+      if (decode) run_decode(x, m, task); else run_prefill(x, m, task);
       return out;
     }
   }

@@ -18,7 +18,8 @@ inline std::optional<Dtype> dtype_of(at::ScalarType type) {
   }
 }
 
-// Memory of the calling thread, aligned to 64 bytes, valid until its next call; kept between calls.
-void* scratch(size_t bytes);
+// Memory of the calling thread, aligned to 64 bytes, valid until it asks again for the same use; kept between calls.
+enum class Scratch { per_thread, per_call };
+void* scratch(Scratch use, size_t bytes);
 
 }  // namespace graphopt

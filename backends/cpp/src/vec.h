@@ -38,7 +38,6 @@ INLINE F load(const float* p) { return *reinterpret_cast<const Fm*>(p); }
 INLINE void store(float* p, F v) { *reinterpret_cast<Fm*>(p) = v; }
 INLINE F splat(float x) { return x - F{}; }  // not x + F{}: that turns -0 into +0
 INLINE F select(I mask, F a, F b) { return reinterpret_cast<F>((mask & reinterpret_cast<I>(a)) | (~mask & reinterpret_cast<I>(b))); }
-INLINE F maximum(F a, F b) { return a > b ? a : b; }
 
 template <int... i>
 struct Indices {};
@@ -155,8 +154,18 @@ struct Fp16 {
 // `pair` of the last elements of a row, zeros behind them; never reads past the row.
 template <class S>
 INLINE typename S::Pair pair_tail(const typename S::T* p, int64_t count) {
+#if defined(__AVX512F__)
+  alignas(64) typename S::T buffer[S::step];
+  const int64_t bytes = count * sizeof *p;
+  for (int64_t at = 0; at < int64_t(sizeof buffer); at += 64) {
+    const int64_t left = bytes - at;
+    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : left <= 0 ? 0 : (__mmask64(1) << left) - 1;
+    _mm512_store_si512(reinterpret_cast<char*>(buffer) + at, _mm512_maskz_loadu_epi8(mask, reinterpret_cast<const char*>(p) + at));
+  }
+#else
   typename S::T buffer[S::step] = {};
   __builtin_memcpy(buffer, p, count * sizeof *p);
+#endif
   return S::pair(buffer);
 }
 
