@@ -239,14 +239,14 @@ IDENTITIES = frozenset({
 MOVES = frozenset({
     aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
     aten.flip.default, aten.diagonal.default, aten.repeat.default, aten.roll.default, aten.unfold.default,
-    prims.broadcast_in_dim.default,
+    prims.broadcast_in_dim.default, prims.rev.default,
 })
 VIEWS = RESHAPES | IDENTITIES | MOVES
 """Every operator that `operand_index` knows."""
 
 ALIASING_VIEWS = VIEWS - {
     aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.flip.default, aten.repeat.default,
-    aten.roll.default,
+    aten.roll.default, prims.rev.default,
 }
 """The views whose result shares the operand's memory: by themselves they move nothing."""
 
@@ -383,6 +383,7 @@ _MOVES = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.flip.default: _flip,
+    prims.rev.default: _flip,
     aten.diagonal.default: _diagonal,
     aten.repeat.default: _repeat,
     aten.roll.default: _roll,

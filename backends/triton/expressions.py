@@ -179,7 +179,7 @@ def _floor_quotient(operands: Sequence[str], dtype: torch.dtype) -> str:
 def _truncated_quotient(operands: Sequence[str], dtype: torch.dtype) -> str:
     if not is_float(dtype):
         return f"({operands[0]} // {operands[1]})"
-    return f"libdevice.trunc({_DIVIDE(operands, dtype)})"
+    return f"libdevice.trunc({rounded(_DIVIDE(operands, dtype), dtype)})"
 
 
 def _arithmetic(symbol: str, boolean: str) -> Callable[[Sequence[str], torch.dtype], str]:
@@ -220,6 +220,8 @@ TABLE: dict[Any, Rule] = {
     aten.clamp_max.default: Rule(_SMALLER, exact=True),
     aten.clamp_min.Tensor: Rule(_LARGER, exact=True),
     aten.clamp_max.Tensor: Rule(_SMALLER, exact=True),
+    prims.div.default: Rule(lambda operands, dtype: _truncated_quotient(operands, dtype) if not is_float(dtype)
+                            else _DIVIDE(operands, dtype)),
     aten.atan2.default: _library("atan2", 2),
     aten.hypot.default: _library("hypot", 2),
     aten.nextafter.default: _library("nextafter", 2),
@@ -249,6 +251,7 @@ TABLE: dict[Any, Rule] = {
     aten.isnan.default: Rule(_nan, "operand"),
     aten.isinf.default: Rule(_infinite, "operand"),
     aten.relu.default: Rule("tl.where({0} < 0, 0, {0})", exact=True),
+    aten.ldexp.Tensor: Rule("({0} * tl.exp2({1}))"),
     aten.square.default: Rule("({0} * {0})"),
     aten.reciprocal.default: Rule(_precise("tl.div_rn(tl.full([], 1.0, tl.float32), {0})", "(1.0 / {0})")),
     aten.sqrt.default: Rule(_precise("tl.sqrt_rn({0})", "tl.sqrt({0})")),

@@ -7,7 +7,8 @@ have to be set before triton is first imported. Instead a kernel that was decora
 * a call of a jitted function (Triton's own `tl.sum`, or a helper of the file) runs its Python body;
 * the functions of libdevice, which the interpreter cannot run, are computed by the torch function of the same meaning;
 * what Triton 3.9's interpreter gets silently wrong is put right: a cast to bfloat16 truncates instead of rounding to
-  nearest, a cast from an integer to bfloat16 and `tl.dot` of bfloat16 operands compute on the raw bits.
+  nearest, a cast from an integer to bfloat16 and `tl.dot` of bfloat16 operands compute on the raw bits, and the result
+  of a comparison keeps its operands' type.
 
 Not safe for several threads by itself: a lock is held.
 """
@@ -56,7 +57,8 @@ def _computed(function: Callable[..., torch.Tensor]) -> Callable[..., tl.tensor]
         scalar = tl.int32 if result.dtype == np.bool_ else tensor.type.scalar
         if result.dtype == np.bool_:
             result = result.astype(np.int32)
-        kind = tl.block_type(scalar, list(result.shape)) if result.shape else scalar
+        is_block = any(isinstance(o, tl.tensor) and o.type.is_block() for o in operands)
+        kind = tl.block_type(scalar, list(result.shape)) if is_block else scalar
         return tl.tensor(TensorHandle(result, scalar), kind)
 
     return run
@@ -64,6 +66,7 @@ def _computed(function: Callable[..., torch.Tensor]) -> Callable[..., tl.tensor]
 
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
+_binary = InterpreterBuilder.binary_op
 
 
 def _tensor_of(handle: TensorHandle) -> torch.Tensor:
@@ -85,6 +88,11 @@ def _right_cast(self: InterpreterBuilder, source: TensorHandle, target: Any) -> 
     return _cast(self, TensorHandle(value.float().numpy(), tl.float32), target)
 
 
+def _right_binary(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, operation: Any) -> TensorHandle:
+    result = _binary(self, a, b, operation)
+    return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+
 def _right_dot(
     self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *precision: Any
 ) -> TensorHandle:
@@ -102,11 +110,13 @@ def _interpreter() -> Iterator[None]:
             for name, function in _MEANINGS.items():
                 setattr(libdevice, name, _computed(function))
             InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _right_cast, _right_dot
+            InterpreterBuilder.binary_op = _right_binary
             JITFunction.__call__ = lambda self, *args, **kwargs: self.fn(*args, **kwargs)
             yield
         finally:
             JITFunction.__call__ = call
             InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot
+            InterpreterBuilder.binary_op = _binary
             for name, function in saved.items():
                 setattr(libdevice, name, function)
 
@@ -116,6 +126,8 @@ def launch(kernel: JITFunction[Any], grid: int, *arguments: Any, **constants: An
     if grid <= 0:
         return
     if kernel.fn not in _interpreted:
+        # Triton replaces the functions of the modules it finds among a kernel's globals; its own library uses core.
+        kernel.fn.__globals__.setdefault("_triton_core", tl.core)
         _interpreted[kernel.fn] = InterpretedFunction(kernel.fn)
     with _interpreter():
         _interpreted[kernel.fn][(grid,)](*arguments, **constants)

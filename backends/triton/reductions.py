@@ -15,11 +15,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt.backends.triton import expressions, structures
+from graphopt import row_ops
+from graphopt.backends.triton import expressions
 from graphopt.backends.triton.evaluate import Axis, Evaluator, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported
-from graphopt.index_map import Index, flatten, unflatten
+from graphopt.index_map import Index
 
 if TYPE_CHECKING:
     from graphopt.backends.triton.rows import RowSection
@@ -151,7 +152,7 @@ def describe(region: Region, node: Node) -> Reduction:
     listed = list(range(rank)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)  # type: ignore[call-overload]
     dims = tuple(sorted({int(d) % rank for d in listed})) if rank else ()
     keepdim = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-    level = sum(1 for n in ancestors(node) if n.target in structures.REDUCTIONS) - 1
+    level = sum(1 for n in ancestors(node) if n.target in row_ops.REDUCTIONS) - 1
     chain = _longest_chain(node)
     return Reduction(node, operand, region.sizes(operand), dims, keepdim, min(level, chain))
 
@@ -160,7 +161,7 @@ def _longest_chain(node: Node) -> int:
     """How many reductions stand before this one along one path."""
     depth: dict[Node, int] = {}
     for current in node.graph.nodes:
-        before = max((depth[n] + (n.target in structures.REDUCTIONS) for n in current.all_input_nodes), default=0)
+        before = max((depth[n] + (n.target in row_ops.REDUCTIONS) for n in current.all_input_nodes), default=0)
         depth[current] = before
         if current is node:
             break
@@ -186,16 +187,16 @@ def picked_value(node: Node) -> Any:
 def parts_of(reduction: Reduction) -> list[Part]:
     """What must be accumulated for a reduction."""
     node, target = reduction.node, reduction.node.target
-    if target in structures.SCANS:
+    if target in row_ops.SCANS:
         return []
-    if target in structures.SUMS:
+    if target in row_ops.SUMS:
         return [_sum(reduction, "sum", 0, _total_dtype(node), lambda e, s, v: v)]
-    if target in structures.PRODUCTS:
+    if target in row_ops.PRODUCTS:
         dtype = _total_dtype(node)
         return [Part(node, "product", 0, dtype, expressions.CARRIERS[dtype], "1", "product",
                      lambda e, s: s.masked(_converted(_operand(e, s, reduction), dtype), expressions.CARRIERS[dtype], "1"),
                      lambda a, b: f"{a} * {b}", lambda t: f"tl.reduce({t}, 1, multiply, keep_dims=True)", ("multiply",))]
-    if target in structures.VARIANCES:
+    if target in row_ops.VARIANCES:
         dtype = _total_dtype(node)
         return [
             _sum(reduction, "total", 0, dtype, lambda e, s, v: v),
@@ -204,7 +205,7 @@ def parts_of(reduction: Reduction) -> list[Part]:
     name = str(target)
     largest = any(word in name for word in ("max", "any"))
     best = _extreme(reduction, largest)
-    if target in structures.POSITIONS | structures.PAIRS:
+    if target in row_ops.POSITIONS | row_ops.PAIRS:
         return [best, _position(reduction)]
     return [best]
 
@@ -235,7 +236,7 @@ def _count(reduction: Reduction) -> sympy.Expr:
 
 
 def _mean(reduction: Reduction, s: RowSection) -> Value:
-    name = "sum" if reduction.node.target in structures.SUMS else "total"
+    name = "sum" if reduction.node.target in row_ops.SUMS else "total"
     total = s.remembered((reduction.node, name))
     assert total is not None
     return s.evaluator.settle(_divided(total, text_of(_count(reduction), True)), total.dtype, total.uses)
@@ -297,8 +298,7 @@ def _position(reduction: Reduction) -> Part:
         hit = f"({text} == {best.text})"
         if best.dtype.is_floating_point:
             hit = f"({hit} | ({text} != {text}))"
-        place, _ = e.index_text(sympy.expand(flatten(s.r.symbols, s.r.sizes)))
-        chosen = e.settle(f"tl.where({hit}, ({place} + 0).to(tl.int64), {identity})", kind,
+        chosen = e.settle(f"tl.where({hit}, {s.r.position}.to(tl.int64), {identity})", kind,
                           value.uses | frozenset({"x", "r"}))
         return s.masked(chosen, "tl.int64", identity)
 
@@ -332,11 +332,11 @@ def _result(section: RowSection, reduction: Reduction, picked: int | None) -> Va
             raise Unsupported("a reduction is needed before it is known")
         return value
 
-    if target in structures.SUMS:
+    if target in row_ops.SUMS:
         return _mean(reduction, section) if "mean" in str(target) else part("sum")
-    if target in structures.PRODUCTS:
+    if target in row_ops.PRODUCTS:
         return part("product")
-    if target in structures.VARIANCES:
+    if target in row_ops.VARIANCES:
         if picked == 1:
             return part("mean")
         correction = node.kwargs.get("correction")
@@ -349,7 +349,7 @@ def _result(section: RowSection, reduction: Reduction, picked: int | None) -> Va
             if not count.isdigit() else f"tl.full([], {max(int(count) - removed, 0)}, {expressions.CARRIERS[squares.dtype]})"
         text = f"{squares.text} / {left}" if squares.dtype == torch.float64 else f"tl.div_rn({squares.text}, {left})"
         return section.evaluator.settle(text, squares.dtype, squares.uses)
-    if target in structures.POSITIONS or picked == 1:
+    if target in row_ops.POSITIONS or picked == 1:
         return part("position")
     return part("best")
 

@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from graphopt import row_ops
 from graphopt.backends.triton import expressions, structures
 from graphopt.backends.triton.evaluate import Axis, Evaluator, Value, axis
 from graphopt.backends.triton.printer import text_of
@@ -88,7 +89,7 @@ class RowSection:
             block = TILE if rows is None else min(TILE, max(32, power_of_two(rows)))
             self.constants = {self.xblock: block}
             self.num_warps = 4 if block >= 512 else 1
-            if rows is not None and rows % block == 0:
+            if rows and rows % block == 0:
                 self.x.mask = None
             return
         columns = int(self.r.total) if self.r.total.is_Integer else None
@@ -99,9 +100,9 @@ class RowSection:
             xblock = min(xblock, power_of_two(rows))
         self.constants = {self.xblock: xblock, self.rblock: rblock}
         self.num_warps = min(16, max(1, xblock * rblock // 256))
-        if columns is not None and columns % rblock == 0:
+        if columns and columns % rblock == 0:
             self.r.mask = None
-        if rows is not None and rows % xblock == 0:
+        if rows and rows % xblock == 0:
             self.x.mask = None
 
     # -- text --------------------------------------------------------------------------------------------------
@@ -207,8 +208,11 @@ class RowSection:
         text = value.text if value.uses else f"tl.full([], {value.text}, {expressions.CARRIERS[dtype]})"
         if dtype in expressions.ROUNDED:
             text = f"{text}.to({expressions.STORED[dtype]})"
-        if value.uses and not uses >= value.uses:
-            raise Unsupported("an output that varies along an axis it is not stored along")
+        for missing in [a for a in self.evaluator.axes if a.name in value.uses - uses]:
+            if missing.total != 1:
+                raise Unsupported("an output that varies along an axis it is not stored along")
+            address = f"{address} + 0 * {missing.position}" if address != "0" else f"0 * {missing.position}"
+            mask = " & ".join(m for m in (mask, missing.mask) if m)
         pointer = f"out{output}" + (f" + {address}" if address != "0" else "")
         scope = self.scopes[-1] if "r" in uses or "r" in value.uses else self.scopes[0]
         scope.lines.append(f"tl.store({pointer}, {text}{f', mask={mask}' if mask else ''})")
@@ -243,7 +247,7 @@ class RowSection:
         reduction = next((r for r in self.reductions if r.node is base), None)
         if reduction is None or self.r is None:
             raise Unsupported("a reduction outside of the rows")
-        if base.target in structures.SCANS:
+        if base.target in row_ops.SCANS:
             return self._scan(reduction, index)
         kept = reduction.kept_index(self.x, self.evaluator)
         asked = reduction.asked(index)
@@ -294,7 +298,7 @@ def ancestors(node: Node) -> dict[Node, None]:
 
 def structures_before(nodes: Sequence[Node]) -> list[Node]:
     """The reductions and scans that the nodes depend on, in graph order."""
-    found = {n for node in nodes for n in ancestors(node) if n.target in structures.REDUCTIONS}
+    found = {n for node in nodes for n in ancestors(node) if n.target in row_ops.REDUCTIONS}
     return [n for n in nodes[0].graph.nodes if n in found] if nodes else []
 
 

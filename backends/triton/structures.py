@@ -6,7 +6,8 @@ are only named here (`is_reduction`); `rows.py` computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -18,19 +19,10 @@ from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
 from graphopt.index_map import Index, broadcast_index
+from graphopt.row_ops import REDUCTIONS, SPLITS
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
-PRODUCTS = frozenset({aten.prod.default, aten.prod.dim_int})
-EXTREMES = frozenset({aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.any.default,
-                      aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims})
-POSITIONS = frozenset({aten.argmax.default, aten.argmin.default})
-PAIRS = frozenset({aten.max.dim, aten.min.dim})
-VARIANCES = frozenset({aten.var_mean.correction, aten.var.correction})
-SCANS = frozenset({aten.cumsum.default, aten.cumprod.default})
-REDUCTIONS = SUMS | PRODUCTS | EXTREMES | POSITIONS | PAIRS | VARIANCES | SCANS
 
 Structure = Callable[[Evaluator, Node, Index, Guard | None], Value]
 
@@ -138,6 +130,20 @@ def _clamp(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value
     second = expressions.TABLE[aten.minimum.default]
     both = expressions.Rule(lambda o, d: second.text([first.text(o[:2], d), o[2]], d), exact=True)
     return e.pointwise(both, node, operands, index, guard)
+
+
+def _scaled_product(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """addcmul and addcdiv: a + value * (b times or over c)."""
+    factor = node.kwargs.get("value", 1)
+    if not isinstance(factor, (int, float)):
+        raise Unsupported("a symbolic value")
+    join = expressions.TABLE[aten.div.Tensor if "addcdiv" in str(node.target) else aten.mul.Tensor]
+
+    def text(operands: Sequence[str], dtype: torch.dtype) -> str:
+        scaled = operands[1] if factor == 1 else f"({expressions.literal(factor)} * {operands[1]})"
+        return f"({operands[0]} + {join.text([scaled, operands[2]], dtype)})"
+
+    return e.pointwise(expressions.Rule(text), node, node.args[:3], index, guard)
 
 
 def _gelu(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
@@ -277,6 +283,8 @@ def _gather(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Valu
     assert isinstance(operand, Node) and isinstance(indices, Node) and isinstance(dim, int)
     if not index:
         return e.value(operand, index, guard)
+    if not operand.meta["val"].dim() or len(index) != operand.meta["val"].dim():
+        raise Unsupported("a gather between different ranks")
     axis = dim % len(index)
     row, test = _checked(e, indices, index, e.region.sizes(operand)[axis], guard, wrap=False)
     return e.value(operand, (*index[:axis], row, *index[axis + 1 :]), test)
@@ -335,6 +343,24 @@ def _select_scatter(e: Evaluator, node: Node, index: Index, guard: Guard | None)
     return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), new, e.value(base, index, guard))
 
 
+def _pick(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """One piece of a split, or one result of a reduction."""
+    source, place = node.args
+    assert isinstance(source, Node) and isinstance(place, int)
+    if source.target not in SPLITS:
+        if is_reduction(node):
+            return e.skeleton.reduction(node, index)
+        raise Unsupported(f"no kernel rule for {source.target}")
+    operand = source.args[0]
+    assert isinstance(operand, Node)
+    if source.target == aten.unbind.int:
+        axis = int(_argument(source, 1, "dim", 0)) % (len(index) + 1)
+        return e.value(operand, (*index[:axis], sympy.Integer(place), *index[axis:]), guard)
+    axis = int(_argument(source, 2, "dim", 0)) % len(index)
+    begin = sum((e.region.size(v.shape[axis]) for v in source.meta["val"][:place]), sympy.Integer(0))
+    return e.value(operand, (*index[:axis], sympy.expand(index[axis] + begin), *index[axis + 1 :]), guard)
+
+
 def _copy(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     """copy(destination, source): the source, converted."""
     value = e.operand(node.args[1], index, guard)
@@ -357,6 +383,11 @@ STRUCTURES: dict[Any, Structure] = {
     aten.clamp.default: _clamp,
     aten.clamp.Tensor: _clamp,
     aten.gelu.default: _gelu,
+    aten.addcmul.default: _scaled_product,
+    aten.addcdiv.default: _scaled_product,
+    operator.getitem: _pick,
+    aten._unsafe_index.Tensor: _advanced_index,
+    aten.empty.memory_format: _constant_of(0),
     aten.full.default: _full,
     aten.full_like.default: _full,
     aten.scalar_tensor.default: _full,

@@ -1,0 +1,121 @@
+"""What matrix products take into their kernel: an epilogue behind them, and with few rows a prologue before them.
+
+The epilogue is elementwise over the product (bias, activation, gate, residual, cast). The prologue is the region of rows
+that makes the left operand, a norm above all: with at most `FEW_ROWS` rows every program computes it again from the
+cache, which costs less than writing and reading it; with more rows it stays a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from graphopt.index_map import IDENTITIES, RESHAPES, size_expression
+from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers
+from graphopt.passes.fuse.joining import group_rows, numel
+from graphopt.row_ops import CONSTANTS, DTYPES, ELEMENTWISE, is_fusable
+
+aten = torch.ops.aten
+
+FEW_ROWS = 16
+LONGEST_EPILOGUE = 24
+
+
+def _contractions() -> frozenset[Any]:
+    found: set[Any] = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+    for name in ("linear", "parallel_linear"):
+        if hasattr(torch.ops.graphopt, name):
+            found.add(getattr(torch.ops.graphopt, name).default)
+    return frozenset(found)
+
+
+import graphopt.ops  # noqa: E402, F401  (registers the dialect that _contractions looks up)
+
+CONTRACTIONS = _contractions()
+
+
+def absorb_readers(groups: Groups, contraction: Node) -> None:
+    """Make a region of a contraction and the elementwise nodes behind it."""
+    if not _has_kernel(contraction):
+        return
+    results = [contraction]
+    if isinstance(contraction.meta["val"], (tuple, list)):
+        results = [u for u in contraction.users if u.target is operator.getitem]
+    group = groups.new("linear", [contraction, *(r for r in results if r is not contraction)])
+    size = numel(results[0]) if results else None
+    stack = [r for result in results for r in consumers(result)]
+    for node in sorted(dict.fromkeys(stack), key=groups.order.__getitem__):
+        _extend(groups, group, node, size, contraction)
+
+
+def _extend(groups: Groups, group: Group, node: Node, size: Any, contraction: Node) -> None:
+    """Take a reader in, and then its readers."""
+    if node in groups.of or not is_fusable(node) or node.target not in ELEMENTWISE or numel(node) != size:
+        return
+    if len(group.nodes) >= LONGEST_EPILOGUE:
+        return
+    inner = [p for p in producers(node) if p in group.nodes]
+    if not all(v.target in RESHAPES | IDENTITIES for p in inner for v in chain(node, p)):
+        return
+    if any(numel(p) != size for p in inner) or groups.makes_cycle([*group.nodes, node]):
+        return
+    narrow = [p.meta["val"].dtype.itemsize for p in inner]
+    if len(producers(node)) == 1 and node.meta["val"].dtype.itemsize > min(narrow):
+        return
+    groups.join(group, [node])
+    for reader in sorted(consumers(node), key=groups.order.__getitem__):
+        _extend(groups, group, reader, size, contraction)
+
+
+def _has_kernel(node: Node) -> bool:
+    """Floating point operands of one dtype, which the generator's matrix kernels take."""
+    values = [n.meta["val"] for n in node.all_input_nodes]
+    if not all(isinstance(v, torch.Tensor) for v in values):
+        return False
+    dtypes = {v.dtype for v in values}
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float16, torch.bfloat16} and dtypes <= DTYPES
+
+
+def left_operand(node: Node) -> Node:
+    """The operand whose rows become the product's rows."""
+    operand = node.args[1] if node.target == aten.addmm.default else node.args[0]
+    assert isinstance(operand, Node)
+    return operand
+
+
+def absorb_prologues(groups: Groups) -> None:
+    """Merge a region of rows into the linear region that alone reads it, when there are few rows."""
+    for group in groups.all():
+        contraction = next((n for n in group.nodes if n.target in CONTRACTIONS), None)
+        if contraction is None or contraction.target == aten.bmm.default:
+            continue
+        source = next(iter(producers_of_left(contraction)), None)
+        before = groups.of.get(source) if source is not None else None
+        if before is None or before.kind != "rows" or not _is_prologue(before, group, contraction):
+            continue
+        if not groups.makes_cycle([*before.nodes, *group.nodes]):
+            groups.join(group, list(before.nodes))
+
+
+def producers_of_left(contraction: Node) -> list[Node]:
+    """The node that makes the left operand, views looked through."""
+    from graphopt.passes.fuse.groups import source_of
+
+    return [source_of(left_operand(contraction))]
+
+
+def _is_prologue(before: Group, group: Group, contraction: Node) -> bool:
+    value = left_operand(contraction).meta["val"]
+    sizes = [size_expression(s) for s in value.shape]
+    rows = size_expression(1)
+    for size in sizes[:-1]:
+        rows = rows * size
+    outputs = [n for n in before.nodes if any(r not in before.nodes for r in consumers(n))]
+    private = all(r in group.nodes or r in before.nodes for n in before.nodes for r in consumers(n))
+    same = group_rows(before) in (None, (rows, sizes[-1]))
+    plain = all(n.target not in CONSTANTS for n in before.nodes)
+    views = all(v.target in RESHAPES | IDENTITIES for o in outputs for v in chain(contraction, o))
+    return bool(rows.is_Integer and rows <= FEW_ROWS and private and same and plain and views and len(outputs) == 1)

@@ -1,0 +1,137 @@
+"""Cut the graph into regions that become one kernel each, so that every value crosses memory as seldom as possible.
+
+Example input (a residual, a norm, two linears and a gate):
+
+    h = add(x, y);  wide = to_float(h);  scale = rsqrt(add(mean(pow(wide, 2)), eps));  n = to_bf16(mul(wide, scale))
+    g, u = parallel_linear(n, [wg, wu]);  a = mul(silu(g), u)
+
+becomes
+
+    h, n = region_0(x, y)            # rows: reads x and y once, writes h and n once
+    a = region_1(n, wg, wu)          # linear with its gate
+
+1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region.
+2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
+3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
+4. Independent elementwise regions between the same neighbours share one launch.
+
+Views and constants cost nothing inside of a kernel and are copied into every region that reads them. A widening cast at
+the edge of a region is left to its readers: fewer bytes. What is not fusable stays as it is.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues, absorb_readers
+from graphopt.passes.fuse.expand_rows import expand_rows
+from graphopt.passes.fuse.extract import extract
+from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
+from graphopt.passes.fuse.joining import group_rows, may_join, numel
+from graphopt.pipeline import graph_pass
+from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_pick, is_view
+
+LARGEST = 200
+"""Nodes in a region at most: a kernel must stay readable, and its compile time bounded."""
+
+
+@graph_pass(exactness="rounding", stage="fuse", training=False)
+def form_regions(graph_module: GraphModule) -> int:
+    """Replace fusable parts of the graph by `call_module` regions; returns how many regions were made."""
+    expand_rows(graph_module)
+    groups = Groups(graph_module.graph)
+    for node in graph_module.graph.nodes:
+        if node.target in CONTRACTIONS:
+            absorb_readers(groups, node)
+    for node in graph_module.graph.nodes:
+        if _joins_rows(node) and node not in groups.of:
+            _join(groups, node)
+    _leave_widening_to_readers(groups)
+    absorb_prologues(groups)
+    _share_launches(groups)
+    return extract(graph_module, groups)
+
+
+def _joins_rows(node: Node) -> bool:
+    return is_fusable(node) and node.target not in CONSTANTS and (not is_view(node) or is_pick(node))
+
+
+def _join(groups: Groups, node: Node) -> None:
+    """Let a node join the regions that make its operands, one after the other; else it starts a region."""
+    joined: Group | None = None
+    for producer in producers(node):
+        group = groups.of.get(producer)
+        if group is None or group is joined or group.kind != "rows" or len(group.nodes) >= LARGEST:
+            continue
+        if joined is None:
+            if may_join(node, group) and not groups.makes_cycle([*group.nodes, node]):
+                groups.join(group, [node])
+                joined = group
+        elif _may_merge(joined, group, node) and not groups.makes_cycle([*joined.nodes, *group.nodes]):
+            groups.join(joined, list(group.nodes))
+    if joined is None:
+        groups.new("rows", [node])
+
+
+def _may_merge(joined: Group, other: Group, node: Node) -> bool:
+    """May another producer's region be merged into the one that a node has joined?"""
+    rows, theirs = group_rows(joined), group_rows(other)
+    return (rows is None or theirs is None or rows == theirs) and may_join(node, other)
+
+
+def _leave_widening_to_readers(groups: Groups) -> None:
+    """Take a node out of its region again when its operand is no larger and its readers can compute it."""
+    for group in groups.all():
+        for node in reversed(list(group.nodes)):
+            if node.target not in ELEMENTWISE or len(group.nodes) == 1:
+                continue
+            readers = consumers(node)
+            inner = [p for p in producers(node) if p in group.nodes]
+            outside = [r for r in readers if r not in group.nodes]
+            if outside != readers or not readers or len(inner) != 1 or len(producers(node)) != 1:
+                continue
+            regions = {id(groups.of[r]) for r in readers if r in groups.of}
+            all_rows = all(r in groups.of and groups.of[r].kind == "rows" for r in readers)
+            if all_rows and len(regions) == 1 and _bytes(inner[0]) <= _bytes(node):
+                reader = groups.of[readers[0]]
+                groups.remove(node)
+                if groups.makes_cycle([*reader.nodes, node]):
+                    groups.join(group, [node])
+                else:
+                    groups.join(reader, [node])
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    return int(value.dtype.itemsize)
+
+
+def _share_launches(groups: Groups) -> None:
+    """Merge independent elementwise regions that read from, or are read by, the same region or node."""
+    for group in groups.all():
+        if group.kind != "rows" or group_rows(group) is not None or not group.nodes:
+            continue
+        for other in _siblings(groups, group):
+            small = len(group.nodes) + len(other.nodes) <= LARGEST
+            if small and not groups.makes_cycle([*group.nodes, *other.nodes]):
+                groups.join(group, list(other.nodes))
+
+
+def _siblings(groups: Groups, group: Group) -> list[Group]:
+    neighbours = {p for n in group.nodes for p in producers(n) if p not in group.nodes and p.op != "placeholder"}
+    sources = {id(groups.of[p]) for p in neighbours if p in groups.of} | {id(p) for p in neighbours}
+    readers = {r for n in group.nodes for r in consumers(n) if r not in group.nodes}
+    found = []
+    for other in groups.all():
+        if other is group or other.kind != "rows" or group_rows(other) is not None:
+            continue
+        theirs = {p for n in other.nodes for p in producers(n) if p not in other.nodes and p.op != "placeholder"}
+        same_source = any(id(p) in sources or (p in groups.of and id(groups.of[p]) in sources) for p in theirs)
+        same_reader = any(r in readers for n in other.nodes for r in consumers(n) if r not in other.nodes)
+        if same_source or same_reader:
+            found.append(other)
+    return found
+
+
+__all__ = ["form_regions", "numel"]

@@ -1,0 +1,105 @@
+"""The rules of joining: when a node may be computed in the kernel of its producers."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch.fx import Node
+
+from graphopt.index_map import IDENTITIES, RESHAPES, product, size_expression
+from graphopt.passes.fuse.groups import Group, chain, consumers, producers
+from graphopt.row_ops import ELEMENTWISE, PAIRS, REDUCTIONS, STRUCTURES, is_pick
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+ROW_KEEPING = RESHAPES | IDENTITIES | {aten.expand.default, prims.broadcast_in_dim.default}
+"""Views that keep the order of rows."""
+
+Rows = tuple[sympy.Expr, sympy.Expr]
+"""The number of rows and of columns that a group's reductions run over."""
+
+
+def numel(node: Node) -> sympy.Expr:
+    """The number of elements of a node's value, of the first of several."""
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    return sympy.expand(product([size_expression(s) for s in value.shape]))
+
+
+def rows_of(node: Node) -> Rows | None:
+    """Rows and columns of a reduction over the last dimensions; None for one over others."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    sizes = [size_expression(s) for s in operand.meta["val"].shape]
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if given is None or given == [] or isinstance(given, torch.dtype):
+        dims = set(range(len(sizes)))
+    else:
+        listed = [given] if isinstance(given, int) else given
+        dims = {int(d) % len(sizes) for d in listed} if sizes else set()  # type: ignore[union-attr, arg-type]
+    flags = [d in dims for d in range(len(sizes)) if sizes[d] != 1]
+    if flags != sorted(flags):
+        return None
+    columns = product([sizes[d] for d in dims])
+    return product([sizes[d] for d in range(len(sizes)) if d not in dims]), columns
+
+
+def group_rows(group: Group) -> Rows | None:
+    """The rows of a group's reductions; None if it has none."""
+    return next((rows_of(n) for n in group.nodes if n.target in REDUCTIONS), None)
+
+
+def may_join(node: Node, group: Group) -> bool:
+    """May a fusable node be computed in the kernel of a group that makes some of its operands?
+
+    A value that depends on a reduction is known only for the program's own rows: its reader must keep the order of
+    rows, and read whole rows. Two reductions of one kernel run over the same rows.
+    """
+    if is_pick(node):
+        return node.args[0] in group.nodes
+    own = [p for p in producers(node) if p in group.nodes]
+    rows = group_rows(group)
+    mine = rows_of(node) if node.target in REDUCTIONS else None
+    if node.target in REDUCTIONS:
+        if mine is None or node.target in PAIRS and len(group.nodes) > 64:
+            return False
+        if rows is not None:
+            return rows == mine and all(_keeps_rows(node, p) for p in own)
+        return all(numel(p) == mine[0] * mine[1] for p in own) and not any(_is_row_like(p, mine) for p in own)
+    if rows is None:
+        return all(numel(p) == numel(node) or _is_inlined(p, node, group) for p in own)
+    if numel(node) not in (sympy.expand(rows[0] * rows[1]), sympy.expand(rows[0])):
+        return False
+    reduced = [p for p in own if depends_on_reduction(p, group)]
+    if not reduced:
+        return True
+    return node.target in ELEMENTWISE and all(_keeps_rows(node, p) for p in reduced)
+
+
+def _is_row_like(node: Node, rows: Rows) -> bool:
+    return rows[1] != 1 and numel(node) == rows[0]
+
+
+def _is_inlined(producer: Node, node: Node, group: Group) -> bool:
+    """A piece of a join is computed where the join reads it, if nothing else needs it."""
+    return node.target in STRUCTURES and all(user is node or user in group.nodes for user in consumers(producer))
+
+
+def _keeps_rows(node: Node, producer: Node) -> bool:
+    return all(view.target in ROW_KEEPING for view in chain(node, producer))
+
+
+def depends_on_reduction(node: Node, group: Group) -> bool:
+    """Does a member's value need a reduction of the same group?"""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.target in REDUCTIONS:
+            return True
+        stack += [p for p in producers(current) if p in group.nodes]
+    return False
