@@ -72,6 +72,24 @@ def fake_execution(graph_module: fx.GraphModule) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def real_execution() -> Iterator[None]:
+    """Run torch operations on real tensors while a graph is being compiled (when fake values are in force)."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def new_fake_execution() -> Iterator[None]:
+    """Run torch operations on fake tensors of their own, whatever compilation may be in progress around the block."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with without_modes(), FakeTensorMode(), enable_python_dispatcher(), torch.no_grad():
+        yield
+
+
 def trace(function: Target, arguments: Sequence[object], decompositions: dict[Any, Any]) -> fx.GraphModule:
     """The ATen graph of `function(*arguments)` for fake arguments, decomposed by the table."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -1,0 +1,199 @@
+"""What a pass promises, checked in one call: `check_pass`, and for its refusals `assert_not_applied`."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from graphopt import edit, pipeline, shapes, text
+from graphopt.options import Options
+from graphopt.testing import traced
+from graphopt.verify import judge, wide
+
+Pass = Callable[..., int]
+
+
+def check_pass(
+    pass_: Pass | Sequence[Pass],
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    count: int | None = None,
+    after: str | Callable[[fx.GraphModule], bool] | None = None,
+    second: Sequence[Any] | None = None,
+    observer: Callable[[edit.Application], None] | None = None,
+    dynamic: bool | None = None,
+) -> traced.TracedGraph:
+    """Run `function` with only `pass_` (or several passes, the last one being tested) and check its contract.
+
+    Checked: the number of rewrites (`count`), which is also the number that went through `graphopt.edit`; that the
+    graph lints and `meta["val"]` is what running the nodes on fake values gives; the text of the graph (`after`: text
+    as `graphopt.text.render` writes it, or a predicate on the graph); results and changed inputs against the graph
+    without the pass, as its exactness demands, and against eager; that a second run changes nothing; all of it again
+    on `second` (by default the inputs with a doubled first dimension, where eager takes that).
+    Each rewrite is verified by itself unless `observer` says otherwise. Returns the first graph; AssertionError
+    or VerificationError says what is wrong.
+    """
+    passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
+    function = copy.deepcopy(function) if isinstance(function, torch.nn.Module) else function
+    compiled = traced.trace(function, passes, observer=observer, dynamic=dynamic)
+    exactness = _loosest(passes)
+    _check_numbers(function, compiled, passes, inputs, exactness, dynamic)
+    found = sum(graph.reports[-1].rewrites for graph in compiled.graphs)
+    if count is not None and found != count:
+        refusals = "; ".join(refusal.reason for graph in compiled.graphs for refusal in graph.refusals)
+        shown = "\n\n".join(text.render(graph.before) for graph in compiled.graphs)
+        raise AssertionError(f"expected {count} rewrites, got {found}; refused: {refusals or 'nothing'}\n{shown}")
+    first = compiled.graphs[0]
+    if after is not None:
+        _check_text(first.after, after)
+    more = list(second) if second is not None else _doubled(function, inputs)
+    if more:
+        _check_numbers(function, compiled, passes, more, exactness, dynamic)
+    for graph in compiled.graphs:
+        check_graph(graph.after)
+        if graph.applications != graph.rewrites:
+            raise AssertionError(f"{graph.rewrites} rewrites reported, but {graph.applications} went through graphopt.edit")
+        _check_idempotent(graph.after, passes)
+    return first
+
+
+def assert_not_applied(
+    pass_: Pass | Sequence[Pass],
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    reason: str | None = None,
+    dynamic: bool | None = None,
+) -> traced.TracedGraph:
+    """Assert that the (last) pass changes nothing here, and, if `reason` is given, that a refusal contains it."""
+    passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
+    compiled = traced.trace(function, passes, dynamic=dynamic)
+    with torch.no_grad():
+        compiled(*_copies(inputs))
+    last = [graph.reports[-1] for graph in compiled.graphs]
+    applied = sum(report.rewrites for report in last)
+    if applied:
+        raise AssertionError(f"applied {applied} times:\n" + "\n\n".join(text.render(g.after) for g in compiled.graphs))
+    reasons = [refusal.reason for report in last for refusal in report.refusals]
+    if reason is not None and not any(reason in given for given in reasons):
+        raise AssertionError(f"no refusal says {reason!r}; refusals: {reasons or 'none'}")
+    return compiled.graphs[0]
+
+
+def check_graph(graph_module: fx.GraphModule) -> None:
+    """Assert that a graph lints and that each `meta["val"]` is what running its node on fake values gives."""
+    graph_module.graph.lint()
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or edit.is_impure(node):
+            continue
+        found = shapes.difference(node.meta["val"], edit.evaluate(graph_module, node))
+        if found:
+            raise AssertionError(f"meta['val'] of {text.line(node)} has another {found} than running it gives")
+
+
+def _check_numbers(
+    function: Callable[..., Any],
+    compiled: traced.Traced,
+    passes: Sequence[Pass],
+    inputs: Sequence[Any],
+    exactness: str,
+    dynamic: bool | None,
+) -> None:
+    with torch.no_grad():
+        optimised = _run(compiled, function, inputs)
+        eager = _run(function, function, inputs)
+        graphs = list(compiled.graphs)
+        plain = _run(traced.trace(function, passes, optimised=False, dynamic=dynamic), function, inputs)
+        exact = _run(function, function, inputs, widened=True)
+    compiled.graphs[:] = graphs
+    found = judge.difference(plain, optimised, exact, exactness)
+    if found:
+        raise AssertionError(f"results differ from the graph without the pass: {found}")
+    found = judge.difference(eager, optimised, exact, "lossy" if exactness == "lossy" else "rounding")
+    if found:
+        raise AssertionError(f"results differ from eager: {found}")
+
+
+def _run(
+    call: Callable[..., Any], owner: Callable[..., Any], inputs: Sequence[Any], widened: bool = False
+) -> list[Any] | None:
+    """Results, inputs after the call and buffers after the call, each run from the same state."""
+    state = {name: value.detach().clone() for name, value in _state(owner)}
+    copies = _copies(inputs)
+    torch.manual_seed(0)
+    try:
+        results = wide.run_wide(call, copies) if widened else call(*copies)
+        if results is None and widened:
+            return None
+        found = [*tree_leaves(results), *(leaf for leaf in tree_leaves(copies) if isinstance(leaf, torch.Tensor))]
+        return found + [value.detach().clone() for _, value in _state(owner)]
+    finally:
+        with torch.no_grad():
+            for name, value in _state(owner):
+                value.copy_(state[name])
+
+
+def _state(owner: Callable[..., Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(owner, torch.nn.Module):
+        yield from owner.named_buffers()
+
+
+def _check_text(graph_module: fx.GraphModule, after: str | Callable[[fx.GraphModule], bool]) -> None:
+    found = text.canonical_symbols(text.render(graph_module))
+    if callable(after):
+        if not after(graph_module):
+            raise AssertionError(f"the predicate does not hold for the graph:\n{found}")
+        return
+    expected = textwrap.dedent(after).strip()
+    operations = "\n".join(row for row in found.splitlines() if not row.endswith(" = input"))
+    if text.canonical_symbols(expected) not in (found, text.canonical_symbols(operations)):
+        raise AssertionError(f"another graph than expected:\n{text.diff(expected, found)}\n\nthe graph is\n{found}")
+
+
+def _check_idempotent(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> None:
+    again = copy.copy(graph_module)
+    again.graph = copy.deepcopy(graph_module.graph)
+    before = text.render(again)
+    report = pipeline.run(again, [passes[-1]], Options(strict=True))
+    if report and report[0].rewrites:
+        raise AssertionError(f"a second run makes {report[0].rewrites} more rewrites:\n{text.diff(before, text.render(again))}")
+
+
+def _loosest(passes: Sequence[Pass]) -> str:
+    order = ("bitwise", "rounding", "lossy")
+    return max((pipeline.describe(function).exactness for function in passes), key=order.index)
+
+
+def _doubled(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
+    """The inputs with twice their first dimension (where it is the batch of the first tensor), or [] if eager refuses."""
+    tensors = [leaf for leaf in tree_leaves(tuple(inputs)) if isinstance(leaf, torch.Tensor)]
+    if not tensors or tensors[0].dim() == 0:
+        return []
+    batch = tensors[0].shape[0]
+
+    def double(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == batch:
+            return torch.cat((leaf, leaf.flip(0)))
+        return leaf
+
+    more = list(tree_map(double, tuple(inputs)))
+    try:
+        with torch.no_grad():
+            _run(function, function, more)
+    except (RuntimeError, IndexError, ValueError):
+        return []
+    return more
+
+
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+
+    return list(tree_map(copied, tuple(inputs)))

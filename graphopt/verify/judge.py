@@ -1,0 +1,117 @@
+"""Compare what two graphs computed, as strictly as the declared exactness of a rewrite demands.
+
+bitwise: the same bits; only the payload of a NaN is free.
+rounding: the error against a float64 run of the old graph may not exceed a small multiple of the old graph's own error
+(taken over each row) plus a few units in the last place. Where the old graph itself overflowed, anything goes.
+lossy: only dtype, shape and stride are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_ERROR_FACTOR = 6.0
+_ULPS = 4.0
+_LAYOUT_ONLY = "lossy"
+
+
+def difference(old: Any, new: Any, reference: Any, exactness: str) -> str:
+    """What is wrong with `new`, or "".
+
+    old, new: tensors, numbers, or sequences of these. reference: the same in float64, or None if there is none;
+    then the old values stand in for it and the tolerance is that of the dtype.
+    """
+    if isinstance(old, (list, tuple)):
+        if not isinstance(new, (list, tuple)) or len(old) != len(new):
+            return f"another number of values: {len(old)} and {len(new) if isinstance(new, (list, tuple)) else 1}"
+        references = reference if isinstance(reference, (list, tuple)) else [None] * len(old)
+        for index, (a, b, c) in enumerate(zip(old, new, references, strict=True)):
+            found = difference(a, b, c, exactness)
+            if found:
+                return f"value {index}: {found}" if len(old) > 1 else found
+        return ""
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return "" if type(old) is type(new) and old == new else f"another value: {old!r} became {new!r}"
+    return layout_difference(old, new) or _value_difference(old, new, reference, exactness)
+
+
+def layout_difference(old: torch.Tensor, new: torch.Tensor) -> str:
+    """How two tensors differ in dtype, device, shape or stride (of dimensions longer than one), or ""."""
+    for name in ("dtype", "device", "shape"):
+        if getattr(old, name) != getattr(new, name):
+            return f"another {name}: {getattr(old, name)} became {getattr(new, name)}"
+    if old.numel() == 0 or old.layout != torch.strided:
+        return ""
+    strides = [(a, b) for size, a, b in zip(old.shape, old.stride(), new.stride(), strict=True) if size > 1]
+    if any(a != b for a, b in strides):
+        return f"another stride: {old.stride()} became {new.stride()}"
+    return ""
+
+
+def _value_difference(old: torch.Tensor, new: torch.Tensor, reference: Any, exactness: str) -> str:
+    if exactness == _LAYOUT_ONLY or old.numel() == 0:
+        return ""
+    old, new = old.detach(), new.detach()
+    if exactness == "bitwise" or not old.dtype.is_floating_point:
+        wrong = ~_same_bits(old, new)
+    elif isinstance(reference, torch.Tensor) and reference.shape == old.shape:
+        wrong = _beyond_rounding(old, new, reference.detach())
+    else:
+        wrong = _beyond_tolerance(old, new)
+    if not bool(wrong.any()):
+        return ""
+    index = tuple(int(part) for part in wrong.nonzero()[0])
+    count = int(wrong.sum())
+    exact = f", in float64 {reference[index].item()!r}" if isinstance(reference, torch.Tensor) else ""
+    return (
+        f"{count} of {wrong.numel()} elements differ; at {list(index)} {old[index].item()!r}"
+        f" became {new[index].item()!r}{exact}"
+    )
+
+
+def _same_bits(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    if old.is_complex():
+        return _same_bits(torch.view_as_real(old), torch.view_as_real(new)).all(-1)
+    if not old.dtype.is_floating_point:
+        return old == new
+    same = (old == new) & (old.signbit() == new.signbit())
+    return same | (old.isnan() & new.isnan())
+
+
+def _beyond_rounding(old: torch.Tensor, new: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    a, b, exact = old.double(), new.double(), reference.double()
+    finite = exact.isfinite()
+    own_error = torch.where(finite, (a - exact).abs().nan_to_num(torch.inf, torch.inf), 0.0)
+    error = torch.where(finite, (b - exact).abs().nan_to_num(torch.inf, torch.inf), 0.0)
+    row_error = own_error.amax(-1, keepdim=True) if own_error.dim() else own_error
+    info = torch.finfo(old.dtype)
+    ulp = torch.where(finite, exact.abs(), 0.0) * info.eps + info.smallest_normal * info.eps
+    too_far = finite & (error > _ERROR_FACTOR * row_error + _ULPS * ulp)
+    # Without a finite reference only what the old graph agreed on with float64 is demanded: NaN stays NaN, inf inf.
+    lost = ~finite & torch.where(exact.isnan(), a.isnan() & ~b.isnan(), (a == exact) & (b != exact))
+    return too_far | lost
+
+
+def _beyond_tolerance(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    a, b = old.double(), new.double()
+    scale = torch.where(a.isfinite(), a.abs(), 0.0)
+    row = scale.amax(-1, keepdim=True) if scale.dim() else scale
+    allowed = 16 * torch.finfo(old.dtype).eps * (scale + row)
+    close = ((a - b).abs() <= allowed) & a.isfinite()
+    return ~(close | (a == b) | (a.isnan() & b.isnan()))
+
+
+def alias_sets(outputs: Sequence[Any], inputs: Sequence[Any]) -> dict[tuple[int, str], bool]:
+    """Which outputs share memory with which inputs ("input 0") and earlier outputs ("output 0")."""
+    aliases = {}
+    for number, output in enumerate(outputs):
+        others = [(f"input {index}", tensor) for index, tensor in enumerate(inputs)]
+        others += [(f"output {index}", tensor) for index, tensor in enumerate(outputs[:number])]
+        for name, other in others:
+            if isinstance(output, torch.Tensor) and isinstance(other, torch.Tensor) and output.numel() and other.numel():
+                shared = output.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+                aliases[number, name] = shared
+    return aliases
