@@ -21,6 +21,9 @@ from graphopt.errors import OptionError
 
 # Encoded vectors count as equal within this share of their largest entry (tokens are compared exactly).
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+# Two logits are a near tie if they are no further apart than this many units of rounding of the largest one.
+_NEAR_TIE = 2
+_EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 _SETTLE_SECONDS = 0.004  # the threads of a worker that has just stopped spin for a moment
 _STEPS_A_TURN = {"decode": 4, "prefill": 1, "encode": 1}
 
@@ -133,7 +136,7 @@ def agree(answers: Answers, reference: Answers, work: str, dtype: str) -> Agreem
     gaps = reference.values.max(axis=-1) - numpy.take_along_axis(
         reference.values, answers.chosen[..., None], axis=-1
     ).squeeze(-1)
-    near_ties = ~equal & (gaps <= 2 * errors)  # two logits that rounding alone can put in another order
+    near_ties = ~equal & (gaps <= _NEAR_TIE * _EPSILON[dtype] * numpy.abs(reference.values).max(axis=-1))
     return Agreement(int(equal.sum()), equal.size, int(near_ties.sum()), float(errors.max()))
 
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 from collections.abc import Callable
 
 from rich.table import Table
 
 from graphopt import passes, pipeline
-
-_HEADER = """# The passes, in the order they run
-
-Written by `python -m graphopt.commands.catalogue > docs/reference/passes.md` from the passes themselves; a
-test compares the two. `bitwise` passes keep every bit, `rounding` passes do the same arithmetic in another
-order, `lossy` passes run only when asked for by name.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +68,3 @@ def markdown_rows() -> str:
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def markdown_page() -> str:
-    """The page docs/reference/passes.md: the table, then each pass's own description."""
-    sections = [f"## {entry.name}\n\n```text\n{entry.text}\n```\n" for entry in entries()]
-    return "\n".join([_HEADER, markdown_rows(), *sections])
-
-
-if __name__ == "__main__":
-    sys.stdout.write(markdown_page())

@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from graphopt.commands import bench
-from graphopt.commands.figures import Figures
+from graphopt.commands.figures import Figures, PassWork
 from graphopt.commands.progress import Step, steps
-from graphopt.commands.serve import PassWork
 from graphopt.commands.worker import Worker, workers
 from graphopt.commands.works import WorkRequest
 from graphopt.errors import OptionError
@@ -51,7 +51,7 @@ def run(prompt: str, tokens: int, dtype: str, systems: str, console: Console) ->
 
 
 def _speak(worker: Worker, ids: list[list[int]], prompt: str, tokens: int, console: Console) -> None:
-    console.print(f"\n[bold cyan]you[/]      {prompt}", highlight=False)
+    console.print(f"\n[bold cyan]you[/]      {escape(prompt)}", highlight=False)
     console.print("[bold green]smollm2[/]  ", end="")
     started = time.perf_counter()
     said = worker.call(

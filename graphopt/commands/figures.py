@@ -38,8 +38,8 @@ class Cost:
 class Agreement:
     """How a system's answers compare with the reference's.
 
-    equal, compared: greedy tokens (decode, prefill) or vectors (encode). near_ties: unequal tokens that the
-    reference itself held apart by no more than rounding moved them. max_error: the largest difference.
+    equal, compared: greedy tokens (decode, prefill) or vectors (encode). near_ties: unequal tokens between which
+    the reference itself hardly decided. max_error: the largest difference of a logit or an output.
     """
 
     equal: int
@@ -68,6 +68,18 @@ class Figures:
         """The lower and the upper quartile."""
         low, _, high = statistics.quantiles(self.milliseconds, n=4)
         return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class PassWork:
+    """What one pass did to all graphs that were compiled in a worker."""
+
+    name: str
+    stage: str
+    exactness: str
+    rewrites: int
+    nodes_removed: int
+    milliseconds: float
 
 
 @dataclasses.dataclass(frozen=True)

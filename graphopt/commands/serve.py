@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import resource
 import sys
@@ -14,23 +13,11 @@ from typing import Any
 import torch
 
 from graphopt import report
-from graphopt.commands.figures import Cost
+from graphopt.commands.figures import Cost, PassWork
 from graphopt.commands.models import LoadedModel, ModelSource, load_model
 from graphopt.commands.systems import System
 from graphopt.commands.works import Answers, Tokens, Work, WorkRequest, make_work
 from graphopt.pipeline import PassReport
-
-
-@dataclasses.dataclass(frozen=True)
-class PassWork:
-    """What one pass did to all graphs that were compiled in a worker."""
-
-    name: str
-    stage: str
-    exactness: str
-    rewrites: int
-    nodes_removed: int
-    milliseconds: float
 
 
 class Server:
