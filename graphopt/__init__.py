@@ -6,6 +6,7 @@ from graphopt.errors import GraphoptError, OptionError
 from graphopt.explanation import explain
 from graphopt.options import Options
 from graphopt.pipeline import graph_pass
+from graphopt.quantize_options import Quantize
 from graphopt.report import Report, counters
 
-__all__ = ["GraphoptError", "OptionError", "Options", "Report", "counters", "explain", "graph_pass"]
+__all__ = ["GraphoptError", "OptionError", "Options", "Quantize", "Report", "counters", "explain", "graph_pass"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -88,6 +89,22 @@ def new_fake_execution() -> Iterator[None]:
 
     with without_modes(), FakeTensorMode(), enable_python_dispatcher(), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def speculative_execution(graph_module: fx.GraphModule) -> Iterator[None]:
+    """As `fake_execution`, for attempts that may fail: no guard on a symbolic size stays, no error is logged."""
+    mode = fake_mode_of(graph_module)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with contextlib.ExitStack() as stack:
+            if mode is not None and mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+            stack.enter_context(fake_execution(graph_module))
+            yield
+    finally:
+        log.disabled = disabled
 
 
 def trace(function: Target, arguments: Sequence[object], decompositions: dict[Any, Any]) -> fx.GraphModule:

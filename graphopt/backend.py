@@ -28,7 +28,7 @@ def graphopt(
     in `graphopt.counters` and named in the report; under `strict=True` it raises instead.
     """
     chosen = Options.parse(mode, options)
-    arranged = pipeline.arrange((*passes.PIPELINE, *chosen.passes))
+    arranged = pipeline.arrange((*passes.PIPELINE, *passes.lossy(chosen), *chosen.passes))
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
         with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen)):

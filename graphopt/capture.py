@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ def capture(
 
     def compiler(kind: Kind) -> Callable[..., Any]:
         def compile_captured(graph_module: fx.GraphModule, fake_inputs: Sequence[Any]) -> Any:
-            graph_info = _describe(graph_module, kind, sources)
+            graph_info = _describe(graph_module, kind, sources, inputs)
             graph_module.meta["graphopt"] = graph_info
             return compile_graph(graph_module, fake_inputs, graph_info)
 
@@ -103,7 +104,18 @@ def capture(
     )
 
 
-def _describe(graph_module: fx.GraphModule, kind: Kind, sources: Sequence[str]) -> GraphInfo:
+def weight_tensor(placeholder: fx.Node) -> torch.Tensor | None:
+    """The parameter or buffer that a placeholder stands for in the call being compiled, if it is still alive.
+
+    Only for decisions that the user asked to depend on values: the compiled graph serves other weights too.
+    """
+    reference = placeholder.meta.get("tensor")
+    return reference() if reference is not None else None
+
+
+def _describe(
+    graph_module: fx.GraphModule, kind: Kind, sources: Sequence[str], inputs: Sequence[Any]
+) -> GraphInfo:
     static = set(_compat.static_input_indices())
     names, roles = [], []
     for node in graph_module.graph.nodes:
@@ -114,6 +126,8 @@ def _describe(graph_module: fx.GraphModule, kind: Kind, sources: Sequence[str]) 
         role: Role = "input"
         if index is not None and index in static:
             role = "weight" if "_parameters[" in name else "buffer"
+            if isinstance(inputs[index], torch.Tensor):
+                node.meta["tensor"] = weakref.ref(inputs[index])
         node.meta["source"], node.meta["role"] = name, role
         names.append(name)
         roles.append(role)

@@ -16,13 +16,18 @@ _library = torch.library.Library("graphopt", "DEF")
 _meanings: dict[torch._ops.OpOverload, Callable[..., object]] = {}
 
 
-def operation(schema: str) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
-    """Register a function as dialect operation `schema`; its body is used on real and on fake tensors."""
+def operation(
+    schema: str, shape: Callable[..., object] | None = None
+) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
+    """Register a function as dialect operation `schema`; its body is used on real and on fake tensors.
+
+    shape: what to run on fake tensors where the body is long; it must give the same shapes, dtypes and strides.
+    """
 
     def register(meaning: Callable[..., object]) -> torch._ops.OpOverload:
         _library.define(meaning.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(meaning.__name__, meaning, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"graphopt::{meaning.__name__}", meaning, lib=_library)
+        torch.library.register_fake(f"graphopt::{meaning.__name__}", shape or meaning, lib=_library)
         overload: torch._ops.OpOverload = getattr(torch.ops.graphopt, meaning.__name__).default
         _meanings[overload] = meaning
         return overload

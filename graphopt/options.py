@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import OptionError
+from graphopt.quantize_options import Quantize
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TARGETS = ("auto", "cpu", "inductor", "triton", "reference")
@@ -27,6 +28,7 @@ class Options:
     mode: how much compile time to spend ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs").
     target: where the graph is lowered to; "auto" takes "triton" for CUDA/ROCm tensors and "cpu" otherwise;
         "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
+    quantize: how weights are quantised: a scheme's name ("int8", "int4", ...) or a `graphopt.Quantize`; None does not.
     passes: extra passes, each made with `@graph_pass`.
     disable: names of passes to leave out.
     limit: stop after this many rewrites in one compiled graph (for bisecting); None means no limit.
@@ -38,6 +40,7 @@ class Options:
 
     mode: str = "default"
     target: str = "auto"
+    quantize: Quantize | str | None = None
     passes: tuple[Callable[..., int], ...] = ()
     disable: tuple[str, ...] = ()
     limit: int | None = None
@@ -50,6 +53,7 @@ class Options:
         _one_of("mode", self.mode, MODES)
         _one_of("target", self.target, TARGETS)
         _one_of("verify", self.verify, VERIFY)
+        object.__setattr__(self, "quantize", Quantize.parse(self.quantize))
         _boolean("strict", self.strict)
         _integer("debug", self.debug, 0, 4)
         if self.limit is not None:

@@ -3,7 +3,9 @@
 `PIPELINE` is the order in which the passes of the library run.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from graphopt.passes.canonicalize.fold_constants import fold_constants
 from graphopt.passes.canonicalize.merge_common_nodes import merge_common_nodes
@@ -11,7 +13,11 @@ from graphopt.passes.canonicalize.remove_noops import remove_noops
 from graphopt.passes.canonicalize.simplify_shapes import simplify_shapes
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
+from graphopt.options import Options
+from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
+from graphopt.passes.quantize.quantize_linears import quantize_linears
 from graphopt.passes.recognize.recognize_linear import recognize_linear
+from graphopt.pipeline import describe
 
 PIPELINE: tuple[Callable[..., int], ...] = (
     # canonicalize: one form for one meaning, bit for bit
@@ -26,6 +32,21 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     # fuse: fewer bytes
     merge_parallel_linears,
 )
+
+
+def lossy(options: Options) -> tuple[Callable[..., int], ...]:
+    """The passes that change answers, bound to what the options ask for; none unless they ask by name."""
+    if options.quantize is None:
+        return ()
+    return (_bound(quantize_linears, quantize=options.quantize), merge_quantized_linears)
+
+
+def _bound(function: Callable[..., int], **keywords: Any) -> Callable[..., int]:
+    """A pass with its own options given."""
+    bound = functools.partial(function, **keywords)
+    bound.graph_pass = describe(function)  # type: ignore[attr-defined]
+    return bound
+
 
 if __name__ != "graphopt.passes":
     raise ImportError("this package is graphopt.passes: import graphopt.passes, not passes")

@@ -19,7 +19,8 @@ from torch import fx
 from graphopt import edit
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (operator.add, operator.sub, operator.mul, operator.floordiv)
+    function.__name__: function
+    for function in (operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem)
 }
 _call_time: dict[str, Callable[..., Any]] = {}
 
@@ -88,13 +89,13 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
     steps: list[Step] = []
     hoisted: list[fx.Node] = []
     for node in graph_module.graph.nodes:
-        if _may_hoist(node, index):
+        if _may_hoist(node, index, hoisted):
             function = str(node.target) if str(node.target) in _call_time else node.target.__name__
             args = fx.map_arg(node.args, lambda argument: Input(index[argument]))
             kwargs = fx.map_arg(node.kwargs, lambda argument: Input(index[argument]))
             steps.append(Step(function, _frozen(args), tuple(sorted((key, _frozen(kwargs[key])) for key in kwargs))))
             index[node] = len(index)
-            if str(node.target) in _call_time:
+            if str(node.target) in _call_time or node.target is operator.getitem:
                 hoisted.append(node)
     if not hoisted:
         return None, list(inputs)
@@ -118,11 +119,13 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
     return Prologue(tuple(steps), tuple(results)), new_inputs
 
 
-def _may_hoist(node: fx.Node, index: dict[fx.Node, int]) -> bool:
+def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.Node]) -> bool:
     if node.op != "call_function" or any(argument not in index for argument in node.all_input_nodes):
         return False
     if str(node.target) in _call_time:
         return True
+    if node.target is operator.getitem:
+        return node.args[0] in hoisted
     return node.target in _ARITHMETIC.values() and isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 

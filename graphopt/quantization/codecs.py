@@ -1,0 +1,204 @@
+"""The arithmetic of the schemes on groups of weights: parameters, codes, and back. See `schemes` for the
+layouts.
+
+Each codec is four functions (parameters, encode, decode, step) on float32 groups [N, G, B]. Scales that are
+stored in bfloat16 are rounded up, and offsets down, before codes are chosen, so that no weight falls outside
+of its grid and the error never exceeds half a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Codec = tuple[
+    Callable[[Tensor], list[Tensor]],
+    Callable[[Tensor, Sequence[Tensor]], Tensor],
+    Callable[[Tensor, Sequence[Tensor]], Tensor],
+    Callable[[Sequence[Tensor]], Tensor],
+]
+
+FP8_MAX = 448.0
+# 16 quantiles of the normal distribution, scaled to [-1, 1]: QLoRA (Dettmers et al., 2023), appendix E.
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+)  # fmt: skip
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """Codes 0..15, uint8 [N, C] with C a multiple of 32, two to a byte: uint8 [N, C / 2]."""
+    halves = codes.reshape(codes.shape[0], -1, 2, 16)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).flatten(1)
+
+
+def from_nibbles(data: Tensor) -> Tensor:
+    """The inverse of `nibbles`."""
+    runs = data.reshape(data.shape[0], -1, 16)
+    return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1)
+
+
+def bfloat16_up(value: Tensor) -> Tensor:
+    """The smallest bfloat16 that is not below a value >= 0."""
+    near = value.bfloat16()
+    above = (near.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(near.float() < value, above, near)
+
+
+def bfloat16_down(value: Tensor) -> Tensor:
+    """The largest bfloat16 that is not above a value of either sign."""
+    near = value.bfloat16()
+    bits = near.view(torch.int16)
+    # Behind a rounded-off 0 comes the denormal number with the bits 0x8001.
+    below = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, -0x7FFF)).to(torch.int16)
+    return torch.where(near.float() > value, below.view(torch.bfloat16), near)
+
+
+def _divide(groups: Tensor, scale: Tensor) -> Tensor:
+    """Groups in units of their scale; a scale of 0 (a group of zeros) counts as 1."""
+    wide = scale.float()[..., None]
+    return groups / torch.where(wide == 0, 1.0, wide)
+
+
+def _largest(groups: Tensor) -> Tensor:
+    return groups.abs().amax(-1)
+
+
+def _half_scale(parameters: Sequence[Tensor]) -> Tensor:
+    return parameters[0].float() / 2
+
+
+def _int8_parameters(groups: Tensor) -> list[Tensor]:
+    return [_largest(groups) / 127]
+
+
+def _int8_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return _divide(groups, parameters[0]).round().clamp(-127, 127).to(torch.int8)
+
+
+def _scaled(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return codes.float() * parameters[0].float()[..., None]
+
+
+def _int4_parameters(groups: Tensor) -> list[Tensor]:
+    offset = bfloat16_down(groups.amin(-1))
+    return [bfloat16_up((groups.amax(-1) - offset.float()) / 15), offset]
+
+
+def _int4_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    scale, offset = parameters
+    return _divide(groups - offset.float()[..., None], scale).round().clamp(0, 15).to(torch.uint8)
+
+
+def _int4_decode(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    scale, offset = parameters
+    return codes.float() * scale.float()[..., None] + offset.float()[..., None]
+
+
+def _int4_symmetric_parameters(groups: Tensor) -> list[Tensor]:
+    return [bfloat16_up(torch.maximum(groups.amax(-1) / 7, -groups.amin(-1) / 8).clamp(min=0))]
+
+
+def _int4_symmetric_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return (_divide(groups, parameters[0]).round().clamp(-8, 7) + 8).to(torch.uint8)
+
+
+def _int4_symmetric_decode(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return (codes.float() - 8) * parameters[0].float()[..., None]
+
+
+def _fp8_parameters(groups: Tensor) -> list[Tensor]:
+    return [_largest(groups) / FP8_MAX]
+
+
+def _fp8_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return _divide(groups, parameters[0]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _fp8_step(parameters: Sequence[Tensor]) -> Tensor:
+    return parameters[0] * 16  # numbers from 256 to 448 lie 32 apart
+
+
+def _lookup(values: Sequence[float], codes: Tensor) -> Tensor:
+    return torch.tensor(values, device=codes.device)[codes.long()]
+
+
+def _nearest(values: Sequence[float], scaled: Tensor) -> Tensor:
+    """The index of the nearest of ascending values."""
+    middles = [(low + high) / 2 for low, high in zip(values, values[1:], strict=False)]
+    return torch.bucketize(scaled, torch.tensor(middles, device=scaled.device)).to(torch.uint8)
+
+
+def _nf4_parameters(groups: Tensor) -> list[Tensor]:
+    return [bfloat16_up(_largest(groups))]
+
+
+def _nf4_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return _nearest(NF4_VALUES, _divide(groups, parameters[0]))
+
+
+def _nf4_decode(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return _lookup(NF4_VALUES, codes) * parameters[0].float()[..., None]
+
+
+def _nf4_step(parameters: Sequence[Tensor]) -> Tensor:
+    return parameters[0].float() * ((NF4_VALUES[1] - NF4_VALUES[0]) / 2)
+
+
+def _mxfp4_parameters(groups: Tensor) -> list[Tensor]:
+    """The exponent of OCP Microscaling 1.0, or the next one if that makes a smaller squared error; 255 means
+    NaN.
+
+    With the former a weight between 6 and 8 scales is cut to 6.
+    """
+    largest = _largest(groups)
+    _, exponent = torch.frexp(largest)
+    narrow = (exponent - 3 + 127).clamp(0, 254)
+    wide = (narrow + 1).clamp(max=254)
+    errors = [
+        (groups - _mxfp4_decode(_mxfp4_encode(groups, [tried]), [tried])).square().sum(-1)
+        for tried in (narrow, wide)
+    ]
+    best = torch.where(errors[1] < errors[0], wide, narrow)
+    return [torch.where(torch.isfinite(largest), best, 255).to(torch.uint8)]
+
+
+def _mxfp4_scale(parameters: Sequence[Tensor]) -> Tensor:
+    biased = parameters[0].int()
+    return torch.where(
+        biased == 255, float("nan"), torch.ldexp(torch.ones_like(biased, dtype=torch.float32), biased - 127)
+    )
+
+
+def _mxfp4_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    scaled = groups / _mxfp4_scale(parameters)[..., None]
+    return _nearest(E2M1_VALUES, scaled.abs()) | (torch.signbit(scaled).to(torch.uint8) << 3)
+
+
+def _mxfp4_decode(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    values = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
+    return _lookup(values, codes) * _mxfp4_scale(parameters)[..., None]
+
+
+def _mxfp4_step(parameters: Sequence[Tensor]) -> Tensor:
+    # One scale in the widest gap of the grid (4 to 6); two for a weight between 6 and 8 scales that is cut to
+    # 6.
+    return 2 * _mxfp4_scale(parameters)
+
+
+INT8: Codec = (_int8_parameters, _int8_encode, _scaled, _half_scale)
+INT4: Codec = (_int4_parameters, _int4_encode, _int4_decode, _half_scale)
+INT4_SYMMETRIC: Codec = (
+    _int4_symmetric_parameters,
+    _int4_symmetric_encode,
+    _int4_symmetric_decode,
+    _half_scale,
+)
+FP8: Codec = (_fp8_parameters, _fp8_encode, _scaled, _fp8_step)
+NF4: Codec = (_nf4_parameters, _nf4_encode, _nf4_decode, _nf4_step)
+MXFP4: Codec = (_mxfp4_parameters, _mxfp4_encode, _mxfp4_decode, _mxfp4_step)

@@ -1,0 +1,111 @@
+"""What a user may ask of weight quantisation: the frozen dataclass `graphopt.Quantize`, validated before any
+work.
+
+`options={"quantize": "int4"}` is short for `options={"quantize": graphopt.Quantize("int4")}`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from graphopt.errors import OptionError
+
+SCHEMES = ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
+GROUP_SIZES = {"int4": (32, 64, 128), "nf4": (32, 64, 128)}
+DEFAULT_GROUP_SIZE = {"int4": 32, "nf4": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """How weights are stored in the compiled program. The answers change: quantisation is never on by itself.
+
+    scheme: "int8" (one scale for each row), "int4" and "nf4" (one scale for each group of a row), "fp8"
+        (e4m3, one scale for each row), "mxfp4" (e2m1 in groups of 32 with a power of two as scale);
+        "int8-dynamic" and
+        "fp8-dynamic" are "int8" and "fp8" whose inputs are rounded too, one scale for each token.
+    group_size: 32, 64 or 128 for "int4" (default 32) and "nf4" (default 64); None for the others.
+    symmetric: "int4" only: codes stand for multiples of the scale around 0, else for steps above the group's
+        minimum.
+    modules: regular expression; only weights whose dotted name ("model.layers.0.mlp.up_proj.weight") it
+        finds.
+    skip: regular expression; weights whose name it finds stay as they are.
+    embeddings: whether tables that are only looked up in are quantised too. A table that is also the weight
+        of a linear (tied) has one pack for both uses.
+    lm_head: False leaves the linear that scores the vocabulary as it is; a scheme ("int8") gives it its own.
+    """
+
+    scheme: str
+    group_size: int | None = None
+    symmetric: bool = False
+    modules: str | None = None
+    skip: str | None = None
+    embeddings: bool = False
+    lm_head: bool | str = True
+
+    def __post_init__(self) -> None:
+        _one_of("scheme", self.scheme, SCHEMES)
+        if self.group_size is not None:
+            allowed = GROUP_SIZES.get(self.scheme, ())
+            if not allowed:
+                raise OptionError(
+                    f"Quantize(group_size={self.group_size!r}): scheme {self.scheme!r} has no group size;"
+                    " leave it out"
+                )
+            _one_of("group_size", self.group_size, allowed)
+        for name in ("symmetric", "embeddings"):
+            _boolean(name, getattr(self, name))
+        if self.symmetric and self.scheme != "int4":
+            raise OptionError(f"Quantize(symmetric=True) is for scheme 'int4', not {self.scheme!r}")
+        for name in ("modules", "skip"):
+            _pattern(name, getattr(self, name))
+        if not isinstance(self.lm_head, bool):
+            _one_of("lm_head", self.lm_head, SCHEMES, "True, False, ")
+
+    @classmethod
+    def parse(cls, given: object) -> Quantize | None:
+        """A `Quantize` from the value of the option: None, a scheme's name, or a `Quantize`."""
+        if given is None or isinstance(given, cls):
+            return given
+        if isinstance(given, str):
+            return cls(given)
+        raise OptionError(
+            f"option 'quantize' must be one of {', '.join(map(repr, SCHEMES))}, a graphopt.Quantize, or None,"
+            f" got {given!r} ({type(given).__name__})"
+        )
+
+    def wants(self, name: str) -> str:
+        """Why the weight of that dotted name is left out by the user's patterns; "" if it is not."""
+        if self.modules is not None and not re.search(self.modules, name):
+            return f"modules={self.modules!r} does not name it"
+        if self.skip is not None and re.search(self.skip, name):
+            return f"skip={self.skip!r} names it"
+        return ""
+
+
+def _one_of(name: str, given: object, allowed: tuple[Any, ...], before: str = "") -> None:
+    # `in` alone would let True pass for 1.
+    if not any(type(given) is type(value) and given == value for value in allowed):
+        near = difflib.get_close_matches(str(given), [str(value) for value in allowed], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near and isinstance(given, str) else ""
+        raise OptionError(
+            f"Quantize({name}={given!r}){hint}: allowed are {before}{', '.join(map(repr, allowed))}"
+        )
+
+
+def _boolean(name: str, given: object) -> None:
+    if not isinstance(given, bool):
+        raise OptionError(f"Quantize({name}={given!r}) must be True or False")
+
+
+def _pattern(name: str, given: object) -> None:
+    if given is None:
+        return
+    if not isinstance(given, str):
+        raise OptionError(f"Quantize({name}={given!r}) must be a regular expression (str) or None")
+    try:
+        re.compile(given)
+    except re.error as error:
+        raise OptionError(f"Quantize({name}={given!r}) is not a regular expression: {error}") from None

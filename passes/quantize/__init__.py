@@ -1,0 +1,1 @@
+"""Store weights in fewer bits; runs only when `options={"quantize": ...}` asks for it."""
