@@ -82,8 +82,8 @@ Guard = tuple[str, frozenset[str]]
 class Evaluator:
     """Writes values into a skeleton.
 
-    loads: what stands for each placeholder (the kernel's pointer parameter); bound: values known beforehand, such as
-    the accumulator of a matrix product in its epilogue.
+    pointers: the kernel's parameter for each placeholder; bound: values known beforehand, such as the accumulator of a
+    matrix product in its epilogue; raw: for a carrier that is a widened load, the variable before it was widened.
     """
 
     def __init__(self, region: Region, skeleton: Skeleton, axes: Sequence[Axis]) -> None:
@@ -92,6 +92,7 @@ class Evaluator:
         self.axes = list(axes)
         self.helpers: set[str] = set()
         self.pointers = {node: f"in{i}" for i, node in enumerate(region.inputs)}
+        self.raw: dict[str, str] = {}
         self.bound: dict[Node, Callable[[Index], Value]] = {}
         self._value_uses: dict[sympy.Symbol, frozenset[str]] = {}
         self._widest: dict[sympy.Symbol, sympy.Expr] = {}
@@ -150,9 +151,12 @@ class Evaluator:
         address, mask, uses = self.address(offset, guard)
         pointer = f"{self.pointers[node]} + {address}" if address != "0" else self.pointers[node]
         text = f"tl.load({pointer}{f', mask={mask}, other=0' if mask else ''})"
+        name = self.skeleton.emit(text, uses, "load")
         if value.dtype in expressions.ROUNDED:
-            text += ".to(tl.float32)"
-        return Value(self.skeleton.emit(text, uses, "load"), value.dtype, uses)
+            raw = name
+            name = self.skeleton.emit(f"{raw}.to(tl.float32)", uses, "wide")
+            self.raw[name] = raw
+        return Value(name, value.dtype, uses)
 
     def address(self, offset: sympy.Expr, guard: Guard | None = None) -> tuple[str, str, frozenset[str]]:
         """Text of an element offset, the mask of the axes it uses and of the guard, and those axes."""
@@ -223,6 +227,12 @@ class Evaluator:
         if isinstance(operand, float):
             return Value(expressions.literal(operand), torch.float64)
         raise Unsupported(f"an operand of type {type(operand).__name__}")
+
+    def narrow(self, value: Value) -> str:
+        """A carrier in the type that its dtype has in memory, as the operand of `tl.dot`."""
+        if value.dtype not in expressions.ROUNDED:
+            return value.text
+        return self.raw.get(value.text) or f"{value.text}.to({expressions.STORED[value.dtype]})"
 
     def settle(self, text: str, dtype: torch.dtype, uses: frozenset[str]) -> Value:
         """A new variable of the given dtype."""

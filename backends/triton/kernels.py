@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from torch.fx import GraphModule
+
+from graphopt.backends.triton.matmul import contraction_of, matmul_sections
 
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection
-from graphopt.backends.triton.source import Kernel, pointer_type, provenance, signature
+from graphopt.backends.triton.source import Kernel, pointer_type, provenance, prune, signature
+
+
+class Section(Protocol):
+    """A part of a kernel with its own range of programs."""
+
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+    helpers: set[str]
+
+    @property
+    def programs(self) -> str:
+        """How many programs it needs, as text."""
+
+    def lines(self, program: str) -> list[str]:
+        """Its lines; `program` is the number of the program within the section."""
 
 
 def generate(graph_module: GraphModule) -> Kernel:
@@ -16,15 +37,16 @@ def generate(graph_module: GraphModule) -> Kernel:
     """
     region = Region(graph_module)
     try:
-        return _rows(region)
+        names = Names()
+        if contraction_of(region) is not None:
+            return _assemble(region, "linear", matmul_sections(region, names))
+        sections = [RowSection(region, group, number, names) for number, group in enumerate(_groups(region))]
+        return _assemble(region, "rows", sections)
     except RecursionError as error:
         raise Unsupported("the region nests too deeply") from error
 
 
-def _rows(region: Region) -> Kernel:
-    names = Names()
-    groups = _groups(region)
-    sections = [RowSection(region, group, number, names) for number, group in enumerate(groups)]
+def _assemble(region: Region, kind: str, sections: Sequence[Section]) -> Kernel:
     body: list[str] = ["program = tl.program_id(0)"]
     grid: list[str] = []
     for number, section in enumerate(sections):
@@ -35,18 +57,18 @@ def _rows(region: Region) -> Kernel:
     constants = {k: v for s in sections for k, v in s.constants.items()}
     pointers = [f"in{i}" for i in range(len(region.inputs))] + [f"out{i}" for i in range(len(region.outputs))]
     sizes = list(region.parameters)
-    text = "\n".join([signature(pointers, sizes, constants), *(f"    {line}" for line in body)]) + "\n"
-    helpers = frozenset().union(*(s.evaluator.helpers for s in sections))
+    text = "\n".join([signature(pointers, sizes, constants), *(f"    {line}" for line in prune(body))]) + "\n"
+    helpers = frozenset().union(*(s.helpers for s in sections))
     warps = max(s.num_warps for s in sections)
     return Kernel(
-        kind="rows", body=text, parameters=tuple(pointers),
+        kind=kind, body=text, parameters=tuple(pointers),
         types=tuple(pointer_type(n) for n in (*region.inputs, *region.outputs)), sizes=tuple(region.parameters.items()),
-        constants=constants, grid=" + ".join(grid), num_warps=warps, num_stages=2, helpers=helpers,
+        constants=constants, grid=" + ".join(grid), num_warps=warps, num_stages=max(s.num_stages for s in sections), helpers=helpers,
         comment=provenance(region),
     )
 
 
-def _nest(body: list[str], number: int, last: bool, program: str, section: RowSection) -> None:
+def _nest(body: list[str], number: int, last: bool, program: str, section: Section) -> None:
     """Append a section's lines under its branch of the chain of conditions."""
     depth = "    " * number
     lines = section.lines(program)

@@ -107,6 +107,13 @@ class RowSection:
 
     # -- text --------------------------------------------------------------------------------------------------
 
+    num_stages = 2
+
+    @property
+    def helpers(self) -> set[str]:
+        """The device functions that the lines call."""
+        return self.evaluator.helpers
+
     @property
     def programs(self) -> str:
         """How many programs the section needs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import sympy
@@ -14,6 +15,8 @@ from graphopt import edit
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.region import Region
 
+_ASSIGNED = re.compile(r"\s*([A-Za-z_]\w*) = ")
+_WORD = re.compile(r"[A-Za-z_]\w*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
@@ -86,6 +89,17 @@ def signature(pointers: Sequence[str], sizes: Sequence[sympy.Symbol], constants:
     names = [*pointers, *(s.name for s in sizes)]
     fixed = [f"{name}: tl.constexpr" for name in (*constants, "INDEX")]
     return f"({', '.join(names + fixed)}):"
+
+
+def prune(lines: Sequence[str]) -> list[str]:
+    """The lines without assignments to variables that nothing reads."""
+    kept = list(lines)
+    while True:
+        words = Counter(word for line in kept for word in set(_WORD.findall(line)))
+        dead = [line for line in kept if (found := _ASSIGNED.match(line)) and words[found[1]] == 1]
+        if not dead:
+            return kept
+        kept = [line for line in kept if line not in dead]
 
 
 def power_of_two(number: int) -> int:
