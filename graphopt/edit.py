@@ -70,6 +70,10 @@ class Session:
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
 
 
+aten = torch.ops.aten
+
+_DENSE = {"memory_format": torch.contiguous_format}
+
 _session: contextvars.ContextVar[Session | None] = contextvars.ContextVar("graphopt_session", default=None)
 
 
@@ -101,14 +105,14 @@ def source_line(node: fx.Node) -> str:
 
 
 class Rewrite:
-    """One rewrite under construction; see `rewriting`."""
+    """One rewrite under construction; see `rewriting`. permitted: whether it is within the limit."""
 
     def __init__(self, graph_module: fx.GraphModule, anchor: fx.Node, provenance: Provenance, permitted: bool) -> None:
         self.graph_module = graph_module
         self.anchor = anchor
         self.provenance = provenance
         self.applied = 0
-        self._permitted = permitted
+        self.permitted = permitted
         self._same_layout = True
         self._new: list[fx.Node] = []
         self._pairs: list[tuple[fx.Node, fx.Node]] = []
@@ -137,8 +141,19 @@ class Rewrite:
 
         Nodes may stand anywhere in the arguments; the function is traced on their fake values.
         """
+        nodes: dict[fx.Node, None] = {}
+        fx.map_arg((args, kwargs), lambda node: nodes.setdefault(node))
+        return self.paste(self.trace(function, *args, decompositions=decompositions, **kwargs), list(nodes))
+
+    def trace(
+        self, function: Callable[..., Any], *args: Any, decompositions: dict[Any, Any] | None = None, **kwargs: Any
+    ) -> fx.GraphModule:
+        """The ATen graph of `function(*args, **kwargs)`, for `paste`; one placeholder for each node given."""
         with _compat.fake_execution(self.graph_module):
-            traced, nodes = trace_call(function, args, kwargs, decompositions or {})
+            return trace_call(function, args, kwargs, decompositions or {})[0]
+
+    def paste(self, traced: fx.GraphModule, nodes: Sequence[fx.Node]) -> Any:
+        """A traced graph copied before the anchor, `nodes` standing for its placeholders; returns its output."""
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         environment: dict[fx.Node, fx.Node] = dict(zip(placeholders, nodes, strict=True))
         with self.graph_module.graph.inserting_before(self.anchor):
@@ -150,6 +165,15 @@ class Rewrite:
                     self._adopt(copy)
                     environment[node] = copy
         return fx.map_arg(traced.graph.output_node().args[0], lambda source: environment[source])
+
+    def like(self, new: fx.Node, old: fx.Node) -> fx.Node:
+        """`new`, or a copy of it that lies in memory as `old` does, so that it may replace `old`."""
+        mine, wanted = new.meta["val"], old.meta["val"]
+        if not isinstance(mine, torch.Tensor) or not shapes.difference(wanted, mine).startswith("stride"):
+            return new
+        order = shapes.memory_order(wanted)
+        dense = self.call(aten.clone.default, self.call(aten.permute.default, new, order), **_DENSE)
+        return self.call(aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
 
     def constant(self, value: torch.Tensor) -> fx.Node:
         """A new node that holds a tensor known now. It is shared by all calls: never let it become an output."""
@@ -177,7 +201,7 @@ class Rewrite:
             self._pair(user, new[cast(int, user.args[1])])
 
     def _pair(self, old: fx.Node, new: fx.Node) -> None:
-        if self._permitted:
+        if self.permitted:
             difference = shapes.difference(old.meta.get("val"), new.meta.get("val"))
             if difference and (self._same_layout or not difference.startswith("stride")):
                 raise PassError(f"{self.provenance.pass_name} replaces {old.name} by {new.name} of another {difference}")
@@ -191,7 +215,7 @@ class Rewrite:
         self._new.append(node)
 
     def _finish(self, current: Session | None) -> None:
-        if not self._permitted or not self._pairs:
+        if not self.permitted or not self._pairs:
             self._discard()
             return
         sources = tuple(old.name for old, _ in self._pairs)
@@ -263,6 +287,16 @@ def trace_call(
 def eliminate_dead_code(graph_module: fx.GraphModule) -> None:
     """Erase unused nodes. Mutation and random numbers stay: a dropped draw would shift the generator's state."""
     graph_module.graph.eliminate_dead_code(is_impure_node=is_impure)
+
+
+def erase_unused(node: fx.Node) -> None:
+    """Erase a pure node that nothing uses, and what then is unused; does nothing to one that was erased before."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if not node.users and not node._erased and node.op in ("call_function", "get_attr") and not is_impure(node):
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
 
 
 def is_impure(node: fx.Node) -> bool:

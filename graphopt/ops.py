@@ -17,15 +17,17 @@ _meanings: dict[torch._ops.OpOverload, Callable[..., object]] = {}
 
 
 def operation(
-    schema: str, shape: Callable[..., object] | None = None
+    schema: str, shape: Callable[..., object] | None = None, *, repeatable: bool = True
 ) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
     """Register a function as dialect operation `schema`; its body is used on real and on fake tensors.
 
     shape: what to run on fake tensors where the body is long; it must give the same shapes, dtypes and strides.
+    repeatable: whether two calls with equal arguments may be merged into one.
     """
+    tags = [torch.Tag.pt2_compliant_tag] + [torch.Tag.nondeterministic_seeded] * (not repeatable)
 
     def register(meaning: Callable[..., object]) -> torch._ops.OpOverload:
-        _library.define(meaning.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(meaning.__name__ + schema, tags=tags)
         _library.impl(meaning.__name__, meaning, "CompositeExplicitAutograd")
         torch.library.register_fake(f"graphopt::{meaning.__name__}", shape or meaning, lib=_library)
         overload: torch._ops.OpOverload = getattr(torch.ops.graphopt, meaning.__name__).default
@@ -141,13 +143,13 @@ def rms_norm(
     return (normed * (weight.float() + weight_offset)).to(x.dtype)
 
 
-@operation("(Tensor past, SymInt count, int dim) -> Tensor")
+@operation("(Tensor past, SymInt count, int dim) -> Tensor", repeatable=False)
 def kv_reserve(past: Tensor, count: int, dim: int) -> Tensor:
     """A growing KV cache `past` with room for `count` more rows along `dim`; the new rows hold nothing yet.
 
-    past has any shape, say [B, H, S, D] with dim 2; the result [B, H, S + count, D] lies in memory as [S + count, B, H, D],
-    so that its strides do not depend on its length. At call time (`runtime/kv.py`) the rows of `past` are
-    copied only if the room behind them is not free.
+    past has any shape, say [B, H, S, D] with dim 2; the result [B, H, S + count, D] lies in memory as
+    [S + count, B, H, D], so that its strides do not depend on its length. At call time (`runtime/kv.py`) the rows of
+    `past` are copied only if the room behind them is not free.
     """
     size = list(past.shape)
     size[dim] += count
@@ -156,8 +158,8 @@ def kv_reserve(past: Tensor, count: int, dim: int) -> Tensor:
     return room
 
 
-@operation("(SymInt[] size, int dim, *, ScalarType dtype, Device device) -> Tensor")
+@operation("(SymInt[] size, int dim, *, ScalarType dtype, Device device) -> Tensor", repeatable=False)
 def kv_allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new KV cache of the given size that will grow along `dim`, with nothing in it yet; see `kv_reserve`."""
+    """A new KV cache of the given size that can grow along `dim`, with nothing in it yet; see `kv_reserve`."""
     rows, *rest = size[dim], *size[:dim], *size[dim + 1 :]
     return torch.zeros(rows, *rest, dtype=dtype, device=device).movedim(0, dim)

@@ -13,6 +13,7 @@ from graphopt.passes.canonicalize.remove_noops import remove_noops
 from graphopt.passes.canonicalize.simplify_shapes import simplify_shapes
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
+from graphopt.passes.kv_cache.start_with_room import start_with_room
 from graphopt.options import Options
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_linears import quantize_linears
@@ -20,6 +21,8 @@ from graphopt.passes.recognize.recognize_linear import recognize_linear
 from graphopt.pipeline import describe
 
 PIPELINE: tuple[Callable[..., int], ...] = (
+    # kv_cache, first half: runs before a copy is known to do nothing
+    start_with_room,
     # canonicalize: one form for one meaning, bit for bit
     fold_constants,
     simplify_shapes,

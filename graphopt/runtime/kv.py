@@ -1,13 +1,16 @@
 """Room for growing KV caches: appending to a cache costs the new rows, not a copy of the old ones.
 
-`kv_reserve(past, count, dim)` returns a tensor whose first rows are those of `past`. If `past` is a view of memory
-that was handed out here and nothing lies behind its last row, the result is a longer view of the same memory; else
-the rows are copied once into new memory with room to spare. So slices of Go append, and so forks, crops and reordered
-caches stay right: the first to append wins the room, all others copy.
+`kv_reserve(past, count, dim)` returns a tensor whose first rows are those of `past`. If `past` is a view of
+memory that was handed out here and nothing lies behind its last row, the result is a longer view of the same
+memory; else the rows are copied once into new memory with room to spare. So slices of Go append, and so forks,
+crops and reordered caches stay right: the first to append wins the room, all others copy.
 
-The knowledge about a buffer hangs on the buffer itself (the `_base` of every view of it), so that it lives and dies
-with the memory: no registry that could mistake a reused address. A cache written in place by somebody else is told by
-the version counter that all views of a buffer share.
+The knowledge about a buffer hangs on the buffer itself (the `_base` of every view of it), so that it lives and
+dies with the memory: no registry that could mistake a reused address. A cache written in place by somebody else is
+told by the version counter that all views of a buffer share.
+
+What a caller can notice: a cache shares the memory of the cache it grew from, so a write into one in place shows in
+the other (a warning says so when the cache grows next); and `torch.save` stores the room as well (clone first).
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ class Buffer:
 def reserve(past: Tensor, count: int, dim: int) -> Tensor:
     """A tensor that continues `past` by `count` undefined rows along `dim`: the same memory where that is safe.
 
-    past [..., S, ...] of any strides; the result [..., S + count, ...] has the strides of `ops.kv_reserve`. The first S rows
-    of the result must not be written. Thread-safe: of two callers with one `past`, one gets a copy.
+    past [..., S, ...] of any strides; the result [..., S + count, ...] has the strides of `ops.kv_reserve`. The
+    first S rows of the result must not be written. Thread-safe: of two callers with one `past`, one gets a copy.
     """
     size = past.shape
     length = size[dim]
@@ -80,9 +83,11 @@ def allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch
 def _some_growth() -> float:
     """A growth factor that differs from cache to cache.
 
-    So the caches of a model grow in different steps: no token pays for all of them, and few are held twice at once.
+    So the caches of a model grow in different steps: no token pays for all of them, and few are held twice at
+    once.
     """
-    return _GROWTH ** (next(_turns) * _GOLDEN % 1.0)
+    turn = next(_turns) * _GOLDEN % 1.0
+    return 1.0 + (_GROWTH - 1.0) * turn
 
 
 def _is_view_of(past: Tensor, base: Tensor, buffer: Buffer, dim: int, length: int) -> bool:
@@ -96,19 +101,19 @@ def _is_view_of(past: Tensor, base: Tensor, buffer: Buffer, dim: int, length: in
 
 
 def _is_free(buffer: Buffer, past: Tensor, end: int) -> bool:
-    """Whether the rows from `end` on are nobody's; called under the lock."""
+    """Whether the rows from `end` on belong to nobody; called under the lock."""
     version = past._version
     if end == buffer.used and version == buffer.version:
         return True
-    # The cache was cropped, or written in place. If `past` and its base alone hold the memory, no tensor can show the
-    # rows behind it, nor have been changed by a write that was meant for another cache.
+    # The cache was cropped, or written in place. If `past` and its base alone hold the memory, no tensor can show
+    # the rows behind it, nor have been changed by a write that was meant for another cache.
     if _compat.storage_holders(past) == 2:
         buffer.version = version
         return True
     if version != buffer.version:
         warnings.warn(
-            "a KV cache was written in place while other caches that grew from it, or that it grew from, are alive: they share"
-            " memory and show the same change (clone a cache before you write into it)",
+            "a KV cache was written in place while other caches that grew from it, or that it grew from, are alive:"
+            " they share memory and show the same change (clone a cache before you write into it)",
             stacklevel=2,
         )
     return False
@@ -128,8 +133,9 @@ def _copy(past: Tensor, count: int, dim: int, growth: float) -> Tensor:
     size[dim] = length + count
     room = _new(size, dim, growth, past.dtype, past.device)
     room.narrow(dim, 0, length).copy_(past)
-    if room._base is not None:
-        room._base._graphopt_kv.version = room._version
+    buffer: Buffer | None = getattr(room._base, "_graphopt_kv", None)
+    if buffer is not None:
+        buffer.version = room._version
     counters["kv_copies"] += 1
     counters["kv_bytes_copied"] += past.numel() * past.element_size()
     return room

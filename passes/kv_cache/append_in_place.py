@@ -6,12 +6,12 @@ becomes
     grown = slice_scatter(room, new, 2, S, S + n);  ... attention(q, grown, ...)
     copy_(room, grown);  return grown
 
-`kv_reserve` runs before the compiled graph (`runtime/kv.py`): it gives a longer view of the memory of `past`, so that what
-is left of the concatenation is one write of the new rows, and the graph returns the view itself. Rows of `past` are
-never written, so `past` may be read anywhere in the graph. The result has other strides than the concatenation:
-those of a cache that is kept as [S, B, H, D], which do not change as it grows.
+`kv_reserve` runs before the compiled graph (`runtime/kv.py`): it gives a longer view of the memory of `past`, so that
+what is left of the concatenation is one write of the new rows, and the graph returns the view itself. Rows of
+`past` are never written, so `past` may be read anywhere in the graph. The result has other strides than the
+concatenation: those of a cache that is kept as [S, B, H, D], which do not change as it grows.
 
-Idea: append on slices as in Go; peers copy the whole cache for each token (huggingface/transformers#37908).
+Idea: append on slices as in Go; others copy the whole cache for each token (huggingface/transformers#37908).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from graphopt import edit, ops, views
-from graphopt.passes.kv_cache.layout import consequences
 from graphopt.passes.kv_cache.lengths import length_node
+from graphopt.passes.kv_cache.room import move_into
 from graphopt.pipeline import graph_pass
 
 aten = torch.ops.aten
@@ -95,14 +95,7 @@ def _rewrite(graph_module: fx.GraphModule, node: fx.Node, past: fx.Node, new: li
             edit.refuse(node, "its length cannot be computed from the integer inputs of the graph")
             return 0
         room = rewrite.call(ops.kv_reserve, past, count, dim)
-        grown = rewrite.call(aten.slice_scatter.default, room, rows, dim, start, end)
-        changed = consequences(graph_module, node, grown.meta["val"])
-        if isinstance(changed, str):
-            edit.refuse(node, changed)
-            return 0
-        rewrite.call_last(aten.copy_.default, room, grown)
-        rewrite.replace(node, grown, same_layout=False)
-    if rewrite.applied:
-        for later, result in changed.items():
-            later.meta["val"] = result
+        reason = move_into(rewrite, node, room, rows, dim, start, end)
+        if reason:
+            edit.refuse(node, reason)
     return rewrite.applied

@@ -16,7 +16,7 @@ _OPERATORS: dict[type[sympy.Expr], Callable[..., object]] = {sympy.Add: operator
 
 
 def length_node(rewrite: edit.Rewrite, size: shapes.Size) -> fx.Node | int | None:
-    """An int, or a node that computes `size` from the integer inputs of the graph; None when there is no such."""
+    """An int, or a node that computes `size` from the integer inputs of the graph; None when it cannot be."""
     if not isinstance(size, torch.SymInt):
         return size
     known = {
@@ -40,5 +40,4 @@ def _build(
     parts = [_build(rewrite, argument, known) for argument in expression.args]
     if any(part is None for part in parts):
         return None
-    result: fx.Node | int = functools.reduce(lambda a, b: rewrite.call(function, a, b), parts)  # type: ignore[arg-type, return-value]
-    return result
+    return functools.reduce(lambda a, b: rewrite.call(function, a, b), parts)

@@ -1,0 +1,61 @@
+"""Let a cache live in reserved memory: new rows are written there, and later nodes learn of its strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import _compat, edit, shapes
+
+aten = torch.ops.aten
+
+
+def move_into(
+    rewrite: edit.Rewrite, node: fx.Node, room: fx.Node, rows: fx.Node, dim: int, start: Any, end: Any
+) -> str:
+    """Replace `node` by `room` with `rows` written to [start, end) of `dim`; "", or the reason why not.
+
+    Values of later nodes that depend on the strides of `node` are brought up to date.
+    """
+    graph_module = rewrite.graph_module
+    moved = rewrite.call(aten.slice_scatter.default, room, rows, dim, start, end)
+    changed = _consequences(graph_module, node, moved.meta["val"])
+    if isinstance(changed, str):
+        return changed
+    rewrite.call_last(aten.copy_.default, room, moved)
+    rewrite.replace(node, moved, same_layout=False)
+    if rewrite.permitted:
+        for later, value in changed.items():
+            later.meta["val"] = value
+    return ""
+
+
+def _consequences(
+    graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor
+) -> dict[fx.Node, Any] | str:
+    """The new values of all later nodes that change if `node` had the strides of `value`, or why it may not."""
+    changed: dict[fx.Node, Any] = {node: value}
+
+    def seen(argument: fx.Node) -> Any:
+        return changed.get(argument, argument.meta.get("val"))
+
+    nodes = list(graph_module.graph.nodes)
+    with _compat.fake_execution(graph_module):
+        for user in nodes[nodes.index(node) + 1 :]:
+            if user.op != "call_function" or not any(source in changed for source in user.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((user.args, user.kwargs), seen)
+            assert callable(user.target)
+            try:
+                result = user.target(*args, **kwargs)
+            except RuntimeError as error:
+                return f"{user.target} needs the cache's own strides: {str(error).splitlines()[0]}"
+            difference = shapes.difference(user.meta.get("val"), result)
+            if difference and not difference.startswith("stride"):
+                return f"{user.target} would have another {difference}"
+            if difference:
+                changed[user] = result
+    del changed[node]
+    return changed
