@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
+from graphopt.backends.triton.attention import AttentionSection, attention_of
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
 
 from graphopt.backends.triton.region import Region, Unsupported
@@ -38,6 +39,8 @@ def generate(graph_module: GraphModule) -> Kernel:
     region = Region(graph_module)
     try:
         names = Names()
+        if attention_of(region) is not None:
+            return _assemble(region, "attention", [AttentionSection(region, 0, names)])
         if contraction_of(region) is not None:
             return _assemble(region, "linear", matmul_sections(region, names))
         sections = [RowSection(region, group, number, names) for number, group in enumerate(_groups(region))]

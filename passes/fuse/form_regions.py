@@ -24,10 +24,11 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues, absorb_readers
+from graphopt.passes.fuse.attention_regions import ATTENTIONS, form_attention
 from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
-from graphopt.passes.fuse.joining import group_rows, may_join, numel
+from graphopt.passes.fuse.joining import group_rows, may_join
 from graphopt.pipeline import graph_pass
 from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_pick, is_view
 
@@ -43,6 +44,8 @@ def form_regions(graph_module: GraphModule) -> int:
     for node in graph_module.graph.nodes:
         if node.target in CONTRACTIONS:
             absorb_readers(groups, node)
+        elif node.target in ATTENTIONS:
+            form_attention(groups, node)
     for node in graph_module.graph.nodes:
         if _joins_rows(node) and node not in groups.of:
             _join(groups, node)
@@ -132,6 +135,3 @@ def _siblings(groups: Groups, group: Group) -> list[Group]:
         if same_source or same_reader:
             found.append(other)
     return found
-
-
-__all__ = ["form_regions", "numel"]
