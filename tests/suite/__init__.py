@@ -1,0 +1,1 @@
+"""Suites that attack the backend from outside, through `torch.compile` alone."""

@@ -1,0 +1,29 @@
+"""Every operator of PyTorch's database through the backend, against eager.
+
+Two rotating shares run every day: a large one by the graphs' meaning (capture and passes are tested), a small one in
+generated code. `python -m tests.suite.opinfo_report` runs them all, each guarded against crashes and hangs.
+"""
+
+import pytest
+
+from tests.suite import opinfo
+
+CASES = opinfo.cases()
+
+
+@pytest.mark.rotate(one_in=24)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_meaning(case: opinfo.Case) -> None:
+    opinfo.check(case, target="reference", most=3)
+
+
+@pytest.mark.rotate(one_in=200)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_generated_code(case: opinfo.Case) -> None:
+    opinfo.check(case, target="cpu", most=2)
+
+
+def test_database_is_not_empty() -> None:
+    names = {case.op for case in CASES}
+    assert len(names) > 500
+    assert {case.kind for case in CASES} == set(opinfo.KINDS)
