@@ -13,6 +13,10 @@ class PassError(GraphoptError):
     """A pass raised, or left a graph that breaks the pass contract (raised under `strict=True`)."""
 
 
+class PatternError(GraphoptError, ValueError):
+    """A pattern of `graphopt.match` cannot be traced, or no graph could ever contain it."""
+
+
 class LoweringError(GraphoptError):
     """A graph could not be lowered to the chosen target (raised under `strict=True`)."""
 

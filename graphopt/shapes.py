@@ -46,6 +46,22 @@ def numel(value: torch.Tensor) -> sympy.Expr:
     return sympy.Mul(*(expression(size) for size in value.shape))
 
 
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor from the slowest to the fastest in memory; undecidable ones stay as they are."""
+    order = list(range(value.dim()))
+    for end in range(len(order), 1, -1):
+        for i in range(end - 1):
+            if statically_known_true(value.stride(order[i]) < value.stride(order[i + 1])):
+                order[i], order[i + 1] = order[i + 1], order[i]
+    return order
+
+
+def signature(value: torch.Tensor) -> tuple[Any, ...]:
+    """All that operations on a fake tensor can depend on: dtype, device, sizes and strides as expressions, offset."""
+    numbers = (*value.shape, *value.stride(), value.storage_offset())
+    return value.dtype, value.device, value.dim(), tuple(map(expression, numbers))
+
+
 def difference(old: Any, new: Any) -> str:
     """What differs between two fake values as the rest of a graph sees them: "" or e.g. "dtype (float32, bfloat16)"."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):

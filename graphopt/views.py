@@ -94,7 +94,7 @@ class Exposure:
     def __init__(self, graph: fx.Graph) -> None:
         self.outputs = set(graph.output_node().all_input_nodes)
         self.shared = {storage(node) for node in self.outputs}
-        self.written = {storage(seen) for node in graph.nodes if _may_write(node) for seen in node.all_input_nodes}
+        self.written = {storage(seen) for node in graph.nodes if may_write(node) for seen in node.all_input_nodes}
 
     def may_become(self, copy: fx.Node, original: fx.Node) -> bool:
         """Whether users of `copy`, equal in value, may see `original` instead."""
@@ -114,7 +114,8 @@ class Exposure:
             self.shared.add(storage(original))
 
 
-def _may_write(node: fx.Node) -> bool:
+def may_write(node: fx.Node) -> bool:
+    """Whether the node may write into memory it is given."""
     if node.op != "call_function" or node.target is operator.getitem or _is_symbolic(node):
         return node.op == "call_module"
     return not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable

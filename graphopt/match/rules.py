@@ -1,0 +1,242 @@
+"""Rewrite a graph by rules: a pattern, its replacement, and a condition on the match."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import _compat, capture, edit, shapes, views
+from graphopt.match import search
+from graphopt.match.pattern import Pattern, Traced
+
+# How many readings of one loose match are tried, and what share of a pattern makes a near miss worth telling.
+_TRIES = 12
+_WORTH_TELLING = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """One place where a pattern stands. values: node or number for each parameter; inside: the nodes replaced.
+
+    results: the nodes that hold what the pattern returns.
+    """
+
+    pattern: Pattern
+    values: Mapping[str, Any]
+    results: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node]
+
+    def __getitem__(self, name: str) -> Any:
+        """The node or number that a parameter of the pattern stands for."""
+        return self.values[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The fake value of a tensor parameter."""
+        value: torch.Tensor = self.values[name].meta["val"]
+        return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """Where `pattern` stands, compute `replacement` (same parameters, same results) instead.
+
+    condition: asked with each match; returns "" or the reason to leave it alone.
+    """
+
+    pattern: Pattern
+    replacement: Callable[..., Any]
+    condition: Callable[[Match], str] = lambda match: ""
+
+
+def rewrite(
+    graph_module: fx.GraphModule,
+    pattern: Pattern,
+    replacement: Callable[..., Any],
+    condition: Callable[[Match], str] = lambda match: "",
+) -> int:
+    """Replace every occurrence of `pattern`; returns how many. Near misses are recorded as refusals."""
+    return apply(graph_module, [Rule(pattern, replacement, condition)])
+
+
+def find(graph_module: fx.GraphModule, pattern: Pattern) -> list[Match]:
+    """All occurrences of a pattern, later ones first, changing nothing."""
+    finder, rule = _Finder(graph_module), Rule(pattern, pattern.function)
+    found = []
+    for node in reversed(graph_module.graph.nodes):
+        match = finder.match(rule, node)
+        if isinstance(match, Match):
+            found.append(match)
+    return found
+
+
+def apply(graph_module: fx.GraphModule, rules: Sequence[Rule]) -> int:
+    """Rewrite by the first rule that matches at each place, from the end of the graph to its beginning."""
+    finder = _Finder(graph_module)
+    misses: list[tuple[fx.Node, Rule, search.Failure]] = []
+    consumed: set[fx.Node] = set()
+    count = 0
+    for node in list(reversed(graph_module.graph.nodes)):
+        if node in consumed:
+            continue
+        missed = []
+        for rule in _fitting(rules, node):
+            match = finder.match(rule, node)
+            if isinstance(match, Match):
+                count += finder.replace(rule, match)
+                consumed |= {node, *match.inside}
+                break
+            missed.append((node, rule, match))
+        else:
+            misses += missed
+    _tell(misses, consumed)
+    return count
+
+
+def _fitting(rules: Sequence[Rule], node: fx.Node) -> Iterator[Rule]:
+    if node.op == "call_function":
+        for rule in rules:
+            if search.anchor(rule.pattern.skeleton) == node.target:
+                yield rule
+
+
+def _tell(misses: Iterable[tuple[fx.Node, Rule, search.Failure]], consumed: set[fx.Node]) -> None:
+    """Record the deepest near miss at each place that no rule rewrote."""
+    deepest: dict[fx.Node, tuple[Rule, search.Failure]] = {}
+    for anchor, rule, miss in misses:
+        total = rule.pattern.skeleton.computing
+        if anchor in consumed or miss.node is None or miss.matched < total * _WORTH_TELLING:
+            continue
+        known = deepest.get(anchor)
+        if known is None or miss.matched > known[1].matched:
+            deepest[anchor] = rule, miss
+    for anchor, (rule, miss) in deepest.items():
+        assert miss.node is not None
+        edit.refuse(
+            miss.node,
+            f"{rule.pattern.name}: {miss.matched} of {rule.pattern.skeleton.computing} nodes matched"
+            f" at %{anchor.name}; stopped at %{miss.node.name}: {miss.reason}",
+        )
+
+
+class _Finder:
+    """Matches rules in one graph; keeps what it traced, by what it was traced on."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        self.writers = [node for node in self.position if views.may_write(node)]
+        self.traced: dict[Any, Traced | None] = {}
+        self.replacements: dict[Any, fx.GraphModule] = {}
+
+    def match(self, rule: Rule, anchor: fx.Node) -> Match | search.Failure:
+        """The match whose first result is computed by `anchor`, or how far it came."""
+        failure = search.Failure()
+        skeleton = rule.pattern.skeleton
+        if search.anchor(skeleton) != anchor.target:
+            return failure
+        loose = search.Search(skeleton, _examples_of_numbers(rule.pattern), None, failure).results(anchor)
+        if loose is None:
+            return failure
+        failure = search.Failure()
+        for bound in search.bindings(loose[0], _TRIES):
+            values = {**loose[0].numbers, **bound}
+            values = {name: values[name] for name in rule.pattern.examples}
+            traced = self._trace(rule.pattern, values)
+            if traced is None:
+                continue
+            exact = search.Search(traced, {}, bound, failure).results(anchor)
+            if exact is None:
+                continue
+            state, results = exact
+            inside = frozenset(state.passed | {anchor}) - set(results)
+            match = Match(rule.pattern, values, tuple(results), inside)
+            reason = self._why_not(match) or rule.condition(match)
+            if not reason:
+                return match
+            failure.note(skeleton.computing, next(iter(state.pairs)), self._culprit(match), reason)
+        return failure
+
+    def replace(self, rule: Rule, match: Match) -> int:
+        """Put the replacement where the match is."""
+        first = min(match.results, key=self.position.__getitem__)
+        nodes = [value for value in match.values.values() if isinstance(value, fx.Node)]
+        key = rule, _signature(match.values), tuple(nodes.index(node) for node in nodes)
+        with edit.rewriting(self.graph_module, first) as rewriting:
+            if key not in self.replacements:
+                self.replacements[key] = rewriting.trace(rule.replacement, **match.values)
+            made = rewriting.paste(self.replacements[key], list(dict.fromkeys(nodes)))
+            new = made if isinstance(made, (list, tuple)) else (made,)
+            for old, replacement in zip(match.results, new, strict=True):
+                rewriting.replace(old, rewriting.like(replacement, old))
+        node = first.prev
+        while node not in self.position:
+            self.position[node] = self.position[first] - 1
+            node = node.prev
+        for node in sorted(match.inside | set(match.results), key=self.position.__getitem__, reverse=True):
+            edit.erase_unused(node)
+        return rewriting.applied
+
+    def _trace(self, pattern: Pattern, values: Mapping[str, Any]) -> Traced | None:
+        key = pattern, _signature(values)
+        if key not in self.traced:
+            fakes = {
+                name: value.meta["val"] if isinstance(value, fx.Node) else value for name, value in values.items()
+            }
+            try:
+                with _compat.speculative_execution(self.graph_module):
+                    self.traced[key] = pattern.trace(fakes)
+            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+                # The function is not defined for such values: this is not what the holes stand for.
+                self.traced[key] = None
+        return self.traced[key]
+
+    def _why_not(self, match: Match) -> str:
+        """Why a match must not be replaced: others need what is inside, or memory is written in between."""
+        culprit = self._culprit(match)
+        if culprit in match.inside:
+            users = ", ".join(f"%{user.name}" for user in culprit.users)
+            return f"expected no other user, has {len(culprit.users)} ({users})"
+        first = min(match.results, key=self.position.__getitem__)
+        for name, value in match.values.items():
+            if isinstance(value, fx.Node) and self.position[value] > self.position[first]:
+                return f"{name} (%{value.name}) is computed after the result %{first.name}"
+        return self._written(match)
+
+    def _culprit(self, match: Match) -> fx.Node:
+        """A node inside the match that others use, else the first result."""
+        within = match.inside | set(match.results)
+        for node in match.inside:
+            if not within.issuperset(node.users):
+                return node
+        return match.results[0]
+
+    def _written(self, match: Match) -> str:
+        if not self.writers:
+            return ""
+        positions = [self.position[node] for node in (*match.inside, *match.results)]
+        memory = {views.storage(value): value for value in match.values.values() if isinstance(value, fx.Node)}
+        for writer in self.writers:
+            if min(positions) < self.position[writer] < max(positions):
+                for node in writer.all_input_nodes:
+                    if views.storage(node) in memory:
+                        return f"memory of %{memory[views.storage(node)].name} is written by %{writer.name} in between"
+        return ""
+
+
+def _examples_of_numbers(pattern: Pattern) -> dict[str, Any]:
+    return {
+        name: example
+        for name, example in pattern.examples.items()
+        if not isinstance(example, (tuple, torch.Tensor))
+    }
+
+
+def _signature(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tracing on these values depends on."""
+    return tuple(
+        (shapes.signature(value.meta["val"]) if isinstance(value, fx.Node) else value) for value in values.values()
+    )
