@@ -1,16 +1,17 @@
 """Room for growing KV caches: appending to a cache costs the new rows, not a copy of the old ones.
 
-`kv_reserve(past, count, dim)` returns a tensor whose first rows are those of `past`. If `past` is a view of
-memory that was handed out here and nothing lies behind its last row, the result is a longer view of the same
-memory; else the rows are copied once into new memory with room to spare. So slices of Go append, and so forks,
-crops and reordered caches stay right: the first to append wins the room, all others copy.
+`kv_reserve(past, count, dim)` returns a tensor whose first rows are those of `past`. If `past` is a view
+of memory that was handed out here and nothing lies behind its last row, the result is a longer view of the
+same memory; else the rows are copied once into new memory with room to spare. So slices of Go append, and
+so forks, crops and reordered caches stay right: the first to append wins the room, all others copy.
 
-The knowledge about a buffer hangs on the buffer itself (the `_base` of every view of it), so that it lives and
-dies with the memory: no registry that could mistake a reused address. A cache written in place by somebody else is
-told by the version counter that all views of a buffer share.
+The knowledge about a buffer hangs on the buffer itself (the `_base` of every view of it), so that it lives
+and dies with the memory: no registry that could mistake a reused address. A cache written in place by
+somebody else is told by the version counter that all views of a buffer share.
 
-What a caller can notice: a cache shares the memory of the cache it grew from, so a write into one in place shows in
-the other (a warning says so when the cache grows next); and `torch.save` stores the room as well (clone first).
+What a caller can notice: a cache shares the memory of the cache it grew from, so a write into one in place
+shows in the other (a warning says so when the cache grows next); and `torch.save` stores the room as well
+(clone first).
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class Buffer:
 
 @prologue.call_time(ops.kv_reserve)
 def reserve(past: Tensor, count: int, dim: int) -> Tensor:
-    """A tensor that continues `past` by `count` undefined rows along `dim`: the same memory where that is safe.
+    """A tensor that continues `past` by `count` undefined rows along `dim`: the same memory if that is safe.
 
-    past [..., S, ...] of any strides; the result [..., S + count, ...] has the strides of `ops.kv_reserve`. The
-    first S rows of the result must not be written. Thread-safe: of two callers with one `past`, one gets a copy.
+    past [..., S, ...] of any strides; the result [..., S + count, ...] has the strides of `ops.kv_reserve`.
+    The first S rows of the result must not be written. Thread-safe: of two callers with one `past`, one gets
+    a copy.
     """
     size = past.shape
     length = size[dim]
@@ -105,14 +107,14 @@ def _is_free(buffer: Buffer, past: Tensor, end: int) -> bool:
     version = past._version
     if end == buffer.used and version == buffer.version:
         return True
-    # The cache was cropped, or written in place. If `past` and its base alone hold the memory, no tensor can show
-    # the rows behind it, nor have been changed by a write that was meant for another cache.
+    # The cache was cropped, or written in place. If `past` and its base alone hold the memory, no tensor can
+    # show the rows behind it, nor have been changed by a write that was meant for another cache.
     if _compat.storage_holders(past) == 2:
         buffer.version = version
         return True
     if version != buffer.version:
         warnings.warn(
-            "a KV cache was written in place while other caches that grew from it, or that it grew from, are alive:"
+            "a KV cache was written in place while caches that grew from it, or that it grew from, are alive:"
             " they share memory and show the same change (clone a cache before you write into it)",
             stacklevel=2,
         )

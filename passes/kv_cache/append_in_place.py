@@ -6,10 +6,10 @@ becomes
     grown = slice_scatter(room, new, 2, S, S + n);  ... attention(q, grown, ...)
     copy_(room, grown);  return grown
 
-`kv_reserve` runs before the compiled graph (`runtime/kv.py`): it gives a longer view of the memory of `past`, so that
-what is left of the concatenation is one write of the new rows, and the graph returns the view itself. Rows of
-`past` are never written, so `past` may be read anywhere in the graph. The result has other strides than the
-concatenation: those of a cache that is kept as [S, B, H, D], which do not change as it grows.
+`kv_reserve` runs before the compiled graph (`runtime/kv.py`): it gives a longer view of the memory of
+`past`, so that what is left of the concatenation is one write of the new rows, and the graph returns the
+view itself. Rows of `past` are never written, so `past` may be read anywhere in the graph. The result has
+other strides than the concatenation: those of a cache kept as [S, B, H, D], which do not change as it grows.
 
 Idea: append on slices as in Go; others copy the whole cache for each token (huggingface/transformers#37908).
 """

@@ -35,7 +35,7 @@ def move_into(
 def _consequences(
     graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor
 ) -> dict[fx.Node, Any] | str:
-    """The new values of all later nodes that change if `node` had the strides of `value`, or why it may not."""
+    """The new values of all later nodes if `node` had the strides of `value`, or why it may not."""
     changed: dict[fx.Node, Any] = {node: value}
 
     def seen(argument: fx.Node) -> Any:

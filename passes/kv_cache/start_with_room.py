@@ -6,8 +6,8 @@ becomes
     keys = slice_scatter(room, k, 2, 0, S);  ... attention(q, keys, ...)
     copy_(room, keys);  return keys
 
-A cache is told from other results by its origin: a concatenation with nothing. That is known only until the copy
-is removed as doing nothing, so this pass runs first.
+A cache is told from other results by its origin: a concatenation with nothing. That is known only until
+the copy is removed as doing nothing, so this pass runs first.
 """
 
 from __future__ import annotations
