@@ -120,7 +120,7 @@ def diff(before: fx.GraphModule | str, after: fx.GraphModule | str) -> str:
 
 
 def canonical_symbols(text: str) -> str:
-    """The text with symbolic sizes renamed s0, s1, ... in order of appearance, to compare graphs of two compilations."""
+    """The text with symbolic sizes renamed s0, s1, ... in order of appearance, to compare two compilations."""
     order: dict[str, str] = {}
 
     def rename(found: re.Match[str]) -> str:

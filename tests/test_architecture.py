@@ -18,6 +18,7 @@ LAYERS = (
         "graphopt.match",
         "graphopt.edit",
         "graphopt.text",
+        "graphopt.program",
         "graphopt.shapes",
         "graphopt.views",
         "graphopt.index_map",

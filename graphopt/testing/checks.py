@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from graphopt import edit, pipeline, shapes, text
 from graphopt.options import Options
 from graphopt.testing import traced
-from graphopt.verify import judge, wide
+from graphopt.verify import Checker, judge, wide
 
 Pass = Callable[..., int]
 
@@ -27,21 +27,22 @@ def check_pass(
     count: int | None = None,
     after: str | Callable[[fx.GraphModule], bool] | None = None,
     second: Sequence[Any] | None = None,
-    observer: Callable[[edit.Application], None] | None = None,
+    verify: str = "all",
     dynamic: bool | None = None,
 ) -> traced.TracedGraph:
     """Run `function` with only `pass_` (or several passes, the last one being tested) and check its contract.
 
-    Checked: the number of rewrites (`count`), which is also the number that went through `graphopt.edit`; that the
-    graph lints and `meta["val"]` is what running the nodes on fake values gives; the text of the graph (`after`: text
-    as `graphopt.text.render` writes it, or a predicate on the graph); results and changed inputs against the graph
-    without the pass, as its exactness demands, and against eager; that a second run changes nothing; all of it again
-    on `second` (by default the inputs with a doubled first dimension, where eager takes that).
-    Each rewrite is verified by itself unless `observer` says otherwise. Returns the first graph; AssertionError
-    or VerificationError says what is wrong.
+    Checked: the number of rewrites (`count`), which is also the number that went through `graphopt.edit`; that
+    the graph lints and `meta["val"]` is what running the nodes on fake values gives; the text of the graph
+    (`after`: text as `graphopt.text.render` writes it, with or without its inputs, or a predicate on the graph);
+    results and changed inputs against the graph without the pass, as its exactness demands, and against eager;
+    that a second run changes nothing; all of it again on `second` (by default the inputs with a doubled first
+    dimension, where eager takes that). Each rewrite is verified by itself at level `verify` ("off", "sample",
+    "all"). Returns the first graph; AssertionError or VerificationError says what is wrong.
     """
     passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
     function = copy.deepcopy(function) if isinstance(function, torch.nn.Module) else function
+    observer = None if verify == "off" else Checker(verify)
     compiled = traced.trace(function, passes, observer=observer, dynamic=dynamic)
     exactness = _loosest(passes)
     _check_numbers(function, compiled, passes, inputs, exactness, dynamic)
@@ -59,7 +60,9 @@ def check_pass(
     for graph in compiled.graphs:
         check_graph(graph.after)
         if graph.applications != graph.rewrites:
-            raise AssertionError(f"{graph.rewrites} rewrites reported, but {graph.applications} went through graphopt.edit")
+            raise AssertionError(
+                f"{graph.rewrites} rewrites reported, but {graph.applications} went through graphopt.edit"
+            )
         _check_idempotent(graph.after, passes)
     return first
 
@@ -72,7 +75,7 @@ def assert_not_applied(
     reason: str | None = None,
     dynamic: bool | None = None,
 ) -> traced.TracedGraph:
-    """Assert that the (last) pass changes nothing here, and, if `reason` is given, that a refusal contains it."""
+    """Assert that the (last) pass changes nothing here and, if `reason` is given, that a refusal contains it."""
     passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
     compiled = traced.trace(function, passes, dynamic=dynamic)
     with torch.no_grad():
@@ -80,7 +83,8 @@ def assert_not_applied(
     last = [graph.reports[-1] for graph in compiled.graphs]
     applied = sum(report.rewrites for report in last)
     if applied:
-        raise AssertionError(f"applied {applied} times:\n" + "\n\n".join(text.render(g.after) for g in compiled.graphs))
+        shown = "\n\n".join(text.render(graph.after) for graph in compiled.graphs)
+        raise AssertionError(f"applied {applied} times:\n{shown}")
     reasons = [refusal.reason for report in last for refusal in report.refusals]
     if reason is not None and not any(reason in given for given in reasons):
         raise AssertionError(f"no refusal says {reason!r}; refusals: {reasons or 'none'}")
@@ -95,7 +99,7 @@ def check_graph(graph_module: fx.GraphModule) -> None:
             continue
         found = shapes.difference(node.meta["val"], edit.evaluate(graph_module, node))
         if found:
-            raise AssertionError(f"meta['val'] of {text.line(node)} has another {found} than running it gives")
+            raise AssertionError(f"meta['val'] of {text.line(node)} has another {found} than a run gives")
 
 
 def _check_numbers(
@@ -132,7 +136,7 @@ def _run(
         results = wide.run_wide(call, copies) if widened else call(*copies)
         if results is None and widened:
             return None
-        found = [*tree_leaves(results), *(leaf for leaf in tree_leaves(copies) if isinstance(leaf, torch.Tensor))]
+        found = [leaf for leaf in (*tree_leaves(results), *tree_leaves(copies)) if leaf is not None]
         return found + [value.detach().clone() for _, value in _state(owner)]
     finally:
         with torch.no_grad():
@@ -154,16 +158,17 @@ def _check_text(graph_module: fx.GraphModule, after: str | Callable[[fx.GraphMod
     expected = textwrap.dedent(after).strip()
     operations = "\n".join(row for row in found.splitlines() if not row.endswith(" = input"))
     if text.canonical_symbols(expected) not in (found, text.canonical_symbols(operations)):
-        raise AssertionError(f"another graph than expected:\n{text.diff(expected, found)}\n\nthe graph is\n{found}")
+        changed = text.diff(expected, operations)
+        raise AssertionError(f"another graph than expected:\n{changed}\n\nthe graph is\n{found}")
 
 
 def _check_idempotent(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> None:
-    again = copy.copy(graph_module)
-    again.graph = copy.deepcopy(graph_module.graph)
+    again = traced.copied(graph_module)
     before = text.render(again)
     report = pipeline.run(again, [passes[-1]], Options(strict=True))
     if report and report[0].rewrites:
-        raise AssertionError(f"a second run makes {report[0].rewrites} more rewrites:\n{text.diff(before, text.render(again))}")
+        changed = text.diff(before, text.render(again))
+        raise AssertionError(f"a second run makes {report[0].rewrites} more rewrites:\n{changed}")
 
 
 def _loosest(passes: Sequence[Pass]) -> str:
@@ -172,7 +177,7 @@ def _loosest(passes: Sequence[Pass]) -> str:
 
 
 def _doubled(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
-    """The inputs with twice their first dimension (where it is the batch of the first tensor), or [] if eager refuses."""
+    """The inputs with a doubled first dimension, where it is that of the first tensor; [] if eager refuses."""
     tensors = [leaf for leaf in tree_leaves(tuple(inputs)) if isinstance(leaf, torch.Tensor)]
     if not tensors or tensors[0].dim() == 0:
         return []
@@ -194,6 +199,8 @@ def _doubled(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
 
 def _copies(inputs: Sequence[Any]) -> list[Any]:
     def copied(leaf: Any) -> Any:
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
     return list(tree_map(copied, tuple(inputs)))

@@ -62,8 +62,7 @@ def trace(
 
     def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: capture.GraphInfo) -> Any:
         del inputs
-        before = copy.copy(graph_module)
-        before.graph = copy.deepcopy(graph_module.graph)
+        before = copied(graph_module)
         seen = 0
 
         def count(application: edit.Application) -> None:
@@ -81,6 +80,14 @@ def trace(
 
     torch.compiler.reset()
     return Traced(torch.compile(function, backend=backend, dynamic=dynamic), graphs)
+
+
+def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph on nodes of its own; constants are shared."""
+    copy_ = copy.copy(graph_module)
+    copy_.graph = copy.deepcopy(graph_module.graph)
+    copy_.meta = dict(graph_module.meta)
+    return copy_
 
 
 def _boxed(graph_module: fx.GraphModule) -> Callable[[list[Any]], Any]:

@@ -1,8 +1,9 @@
 """Compare what two graphs computed, as strictly as the declared exactness of a rewrite demands.
 
 bitwise: the same bits; only the payload of a NaN is free.
-rounding: the error against a float64 run of the old graph may not exceed a small multiple of the old graph's own error
-(taken over each row) plus a few units in the last place. Where the old graph itself overflowed, anything goes.
+rounding: the error against a float64 run of the old graph may not exceed a small multiple of the old graph's
+own error (taken over each row) plus a few units in the last place. Where the old graph itself overflowed,
+anything goes.
 lossy: only dtype, shape and stride are compared.
 """
 
@@ -18,35 +19,36 @@ _ULPS = 4.0
 _LAYOUT_ONLY = "lossy"
 
 
-def difference(old: Any, new: Any, reference: Any, exactness: str) -> str:
+def difference(old: Any, new: Any, reference: Any, exactness: str, *, layout: bool = True) -> str:
     """What is wrong with `new`, or "".
 
-    old, new: tensors, numbers, or sequences of these. reference: the same in float64, or None if there is none;
-    then the old values stand in for it and the tolerance is that of the dtype.
+    old, new: tensors, numbers, or sequences of these. reference: the same in float64, or None if there is
+    none; then the old values stand in for it and the tolerance is that of the dtype.
+    layout: whether strides are compared too.
     """
     if isinstance(old, (list, tuple)):
         if not isinstance(new, (list, tuple)) or len(old) != len(new):
-            return f"another number of values: {len(old)} and {len(new) if isinstance(new, (list, tuple)) else 1}"
+            return f"another number of values: {len(old)} and {len(new) if isinstance(new, list) else 1}"
         references = reference if isinstance(reference, (list, tuple)) else [None] * len(old)
         for index, (a, b, c) in enumerate(zip(old, new, references, strict=True)):
-            found = difference(a, b, c, exactness)
+            found = difference(a, b, c, exactness, layout=layout)
             if found:
                 return f"value {index}: {found}" if len(old) > 1 else found
         return ""
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return "" if type(old) is type(new) and old == new else f"another value: {old!r} became {new!r}"
-    return layout_difference(old, new) or _value_difference(old, new, reference, exactness)
+    return layout_difference(old, new, layout) or _value_difference(old, new, reference, exactness)
 
 
-def layout_difference(old: torch.Tensor, new: torch.Tensor) -> str:
+def layout_difference(old: torch.Tensor, new: torch.Tensor, strides: bool = True) -> str:
     """How two tensors differ in dtype, device, shape or stride (of dimensions longer than one), or ""."""
     for name in ("dtype", "device", "shape"):
         if getattr(old, name) != getattr(new, name):
             return f"another {name}: {getattr(old, name)} became {getattr(new, name)}"
-    if old.numel() == 0 or old.layout != torch.strided:
+    if not strides or old.numel() == 0 or old.layout != torch.strided:
         return ""
-    strides = [(a, b) for size, a, b in zip(old.shape, old.stride(), new.stride(), strict=True) if size > 1]
-    if any(a != b for a, b in strides):
+    lying = [(a, b) for size, a, b in zip(old.shape, old.stride(), new.stride(), strict=True) if size > 1]
+    if any(a != b for a, b in lying):
         return f"another stride: {old.stride()} became {new.stride()}"
     return ""
 
@@ -90,7 +92,7 @@ def _beyond_rounding(old: torch.Tensor, new: torch.Tensor, reference: torch.Tens
     info = torch.finfo(old.dtype)
     ulp = torch.where(finite, exact.abs(), 0.0) * info.eps + info.smallest_normal * info.eps
     too_far = finite & (error > _ERROR_FACTOR * row_error + _ULPS * ulp)
-    # Without a finite reference only what the old graph agreed on with float64 is demanded: NaN stays NaN, inf inf.
+    # Without a finite reference only what the old graph had in common with float64 is demanded: NaN or inf.
     lost = ~finite & torch.where(exact.isnan(), a.isnan() & ~b.isnan(), (a == exact) & (b != exact))
     return too_far | lost
 
@@ -111,7 +113,11 @@ def alias_sets(outputs: Sequence[Any], inputs: Sequence[Any]) -> dict[tuple[int,
         others = [(f"input {index}", tensor) for index, tensor in enumerate(inputs)]
         others += [(f"output {index}", tensor) for index, tensor in enumerate(outputs[:number])]
         for name, other in others:
-            if isinstance(output, torch.Tensor) and isinstance(other, torch.Tensor) and output.numel() and other.numel():
+            if _has_memory(output) and _has_memory(other):
                 shared = output.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
                 aliases[number, name] = shared
     return aliases
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.numel() > 0

@@ -1,0 +1,178 @@
+"""Check each rewrite of a compilation as it is made: the observer of `pipeline.run` under `verify="sample"|"all"`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import text
+from graphopt.edit import Application
+from graphopt.errors import VerificationError
+from graphopt.verify import execution, field, inputs, judge, repro, wide
+from graphopt.verify.cut import Pair, cut, widened
+from graphopt.verify.shrink import shrink
+
+_WIDENINGS = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A rewrite that does not compute what it replaces: what differs, on which inputs, and the smallest case found."""
+
+    pair: Pair
+    message: str
+    inputs: inputs.InputSet
+    reproducer: Path | None = None
+
+    def __str__(self) -> str:
+        made = self.pair.provenance
+        written = f"\nrun {self.reproducer} to see it" if self.reproducer else ""
+        return (
+            f"rewrite {made.number}, by {made.pass_name} ({self.pair.exactness}), of {', '.join(made.sources)}"
+            f"{' at ' + self.pair.where if self.pair.where else ''} changes results: {self.message}"
+            f"\nbefore:\n{_indented(self.pair.before)}\nafter:\n{_indented(self.pair.after)}{written}"
+        )
+
+
+@dataclasses.dataclass
+class Checker:
+    """An observer of rewrites that runs each distinct one on its inputs before and after.
+
+    level: "sample" (a few inputs for each distinct rewrite) or "all". on_failure: called with each `Failure`; by
+    default a VerificationError is raised. directory: where reproducers are written; None writes none.
+    checked, distinct, unchecked: how many rewrites were seen, how many differed, how many could not be run at all
+    (their inputs are not known well enough); failures: what was found.
+    """
+
+    level: str
+    on_failure: Callable[[Failure], None] | None = None
+    directory: Path | None = None
+    checked: int = 0
+    distinct: int = 0
+    unchecked: int = 0
+    failures: list[Failure] = dataclasses.field(default_factory=list)
+    _known: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, application: Application) -> None:
+        self.checked += 1
+        with execution.real_execution():
+            pair = cut(application)
+            if pair.key in self._known:
+                return
+            self.distinct += 1
+            self._known[pair.key] = True
+            failure = self._check(application, pair)
+            if failure is None:
+                return
+            failure = self._reduced(failure)
+        self.failures.append(failure)
+        if self.on_failure is None:
+            raise VerificationError(str(failure))
+        self.on_failure(failure)
+
+    def _check(self, application: Application, pair: Pair) -> Failure | None:
+        order = random_order(application)
+        if order:
+            return Failure(pair, order, inputs.InputSet("none", {}, []))
+        failure, ran = self._first_failure(pair)
+        if not ran:
+            self.unchecked += 1
+        if failure is None:
+            return None
+        # The rewrite may rest on a fact about its inputs: believe it if it holds when these are computed too.
+        for steps in _WIDENINGS:
+            wider = widened(application, steps)
+            if wider is None:
+                return failure
+            again, ran = self._first_failure(wider)
+            if ran and again is None:
+                return None
+        return failure
+
+    def _first_failure(self, pair: Pair) -> tuple[Failure | None, bool]:
+        ran = False
+        for given in inputs.generate(pair.before, self.level):
+            found = compare(pair, given.values)
+            if found is not None:
+                ran = True
+            if found:
+                return Failure(pair, found, given), True
+        if field.applies(pair):
+            found = field.compare(pair)
+            if found:
+                return Failure(pair, found, inputs.InputSet("finite field", {}, [])), True
+        return None, ran
+
+    def _reduced(self, failure: Failure) -> Failure:
+        if failure.inputs.values:
+            pair, given, message = shrink(failure.pair, failure.inputs, failure.message, compare)
+            failure = Failure(pair, message, given)
+            if self.directory is not None:
+                path = repro.write(self.directory, pair, given.values, message)
+                failure = dataclasses.replace(failure, reproducer=path)
+        return failure
+
+
+def compare(pair: Pair, values: list[Any]) -> str | None:
+    """How the graphs of a pair differ on these inputs: "" if they agree, None if the old one cannot run on them."""
+    try:
+        old, old_inputs = execution.run(pair.before, values)
+    except (RuntimeError, IndexError, ValueError, ZeroDivisionError):
+        return None
+    try:
+        new, new_inputs = execution.run(pair.after, values)
+    except Exception as raised:
+        return f"the new nodes raise {type(raised).__name__}: {raised}"
+    exact = None
+    if pair.exactness == "rounding":
+        torch.manual_seed(0)
+        exact = wide.run_wide(pair.before, [execution.copy(value) for value in values])
+    found = judge.difference(old, new, exact, pair.exactness, layout=pair.same_layout)
+    if found:
+        return found
+    changed = judge.difference(old_inputs, new_inputs, None, pair.exactness, layout=False)
+    if changed:
+        return f"inputs are changed differently: {changed}"
+    return _alias_difference(pair, (old, old_inputs), (new, new_inputs))
+
+
+def random_order(application: Application) -> str:
+    """Whether a rewrite moves a random draw past another one: "" or what happens."""
+    nodes = list(application.graph_module.graph.nodes)
+    new = {node for node in nodes if node.meta.get("graphopt") is application.provenance}
+    draws = [node for node in nodes if _is_random(node)]
+    replaced = [old for old, _ in application.pairs if old in draws]
+    if not replaced and not any(node in new for node in draws):
+        return ""
+    old_order = [node for node in draws if node not in new]
+    new_order = [node for node in draws if node not in replaced]
+    for old, fresh in application.pairs:
+        if old in replaced and fresh in new_order and old_order.index(old) != new_order.index(fresh):
+            return f"random numbers are drawn in another order: {old.name} was draw {old_order.index(old) + 1}"
+    if len(old_order) != len(new_order):
+        return f"{len(old_order)} random draws became {len(new_order)}"
+    return ""
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _alias_difference(pair: Pair, before: tuple[list[Any], list[Any]], after: tuple[list[Any], list[Any]]) -> str:
+    old, new = judge.alias_sets(*before), judge.alias_sets(*after)
+    for (output, other), shared in new.items():
+        kind, number = other.split()
+        exposed = pair.exposed_inputs[int(number)] if kind == "input" else pair.exposed[int(number)]
+        if pair.exposed[output] and exposed and shared != old.get((output, other), shared):
+            verb = "now shares" if shared else "no longer shares"
+            return f"output {output} {verb} memory with {other}, and the caller can see it"
+    return ""
+
+
+def _indented(graph_module: fx.GraphModule) -> str:
+    return "\n".join("    " + row for row in text.render(graph_module).splitlines())
