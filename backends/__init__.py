@@ -8,27 +8,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from graphopt.backends import inductor, reference
+from graphopt.backends import cpu, inductor, reference
 from graphopt.capture import GraphInfo
-from graphopt.lowering import Choice
+from graphopt.lowering import Lowered
 from graphopt.options import Options
-from graphopt.runtime.artifact import Artifact
 
-CompileGraph = Callable[[fx.GraphModule, Sequence[Any], GraphInfo, Options], tuple[Artifact, list[Choice]]]
+CompileGraph = Callable[[fx.GraphModule, Sequence[Any], GraphInfo, Options], Lowered]
 
 TARGETS: dict[str, CompileGraph] = {
+    "cpu": cpu.compile_graph,
     "inductor": inductor.compile_graph,
     "reference": reference.compile_graph,
 }
 
 
 def resolve(target: str, inputs: Sequence[Any]) -> str:
-    """The name of the target that `Options.target` means for these inputs."""
+    """The name of the target that `Options.target` means for these inputs (real or fake)."""
     if target != "auto":
         return target
-    return "inductor"
+    on_device = any(isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta") for value in inputs)
+    return "inductor" if on_device else "cpu"
+
+
+def prepare(target: str) -> None:
+    """Load what graphs of this target call at run time, also those that come out of a cache."""
+    if target == "cpu":
+        cpu.prepare()
 
 
 if __name__ != "graphopt.backends":

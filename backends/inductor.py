@@ -13,7 +13,7 @@ from torch import fx
 
 from graphopt import _compat
 from graphopt.capture import GraphInfo, undecomposed
-from graphopt.lowering import Choice, Lowering, choose, expand
+from graphopt.lowering import Lowered, Lowering, choose, expand
 from graphopt.options import Options
 from graphopt.runtime import kv as kv  # what the cache operations do at call time
 from graphopt.runtime import prologue
@@ -26,7 +26,7 @@ def compile_graph(
     info: GraphInfo,
     options: Options,
     lowerings: Sequence[Lowering] = (),
-) -> tuple[Artifact, list[Choice]]:
+) -> Lowered:
     """The graph as a boxed Inductor artifact, and how each dialect operation was lowered."""
     choices = choose(graph_module, lowerings)
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
@@ -39,7 +39,7 @@ def compile_graph(
         is_backward=info.kind == "backward",
         config=_config(options),
     )
-    return Artifact(compiled, graph_prologue), choices
+    return Lowered(Artifact(compiled, graph_prologue), choices)
 
 
 def _config(options: Options) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 from torch import fx
 
 from graphopt.capture import GraphInfo
-from graphopt.lowering import Choice, choose
+from graphopt.lowering import Lowered, choose
 from graphopt.options import Options
 from graphopt.runtime.artifact import Artifact
 
 
 def compile_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options
-) -> tuple[Artifact, list[Choice]]:
+) -> Lowered:
     """The graph as a boxed callable: it takes one list of inputs, empties it, and returns the list of outputs."""
     choices = choose(graph_module, ())
 
@@ -25,4 +25,4 @@ def compile_graph(
         return graph_module.forward(*arguments)
 
     graph_module.recompile()
-    return Artifact(run), choices
+    return Lowered(Artifact(run), choices)

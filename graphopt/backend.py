@@ -29,6 +29,7 @@ def graphopt(
     """
     chosen = Options.parse(mode, options)
     arranged = pipeline.arrange((*passes.PIPELINE, *passes.lossy(chosen), *chosen.passes))
+    backends.prepare(backends.resolve(chosen.target, inputs))
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
         with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen)):
@@ -60,7 +61,7 @@ def _compile(
     graph_report.passes = pipeline.run(graph_module, arranged, options)
     meaning = copy.deepcopy(graph_module.graph)
     try:
-        compiled, graph_report.lowerings = backends.TARGETS[target](graph_module, inputs, info, options)
+        lowered = backends.TARGETS[target](graph_module, inputs, info, options)
     except Exception as raised:
         if _compat.is_control_flow(raised):
             raise
@@ -68,11 +69,16 @@ def _compile(
             raise LoweringError(f"target {target!r} cannot lower this graph: {raised}") from raised
         graph_report.fall_back(f"a graph of {len(meaning.nodes)} nodes", f"{type(raised).__name__}: {raised}")
         graph_module.graph = meaning
-        compiled, graph_report.lowerings = backends.TARGETS["reference"](graph_module, inputs, info, options)
+        lowered = backends.TARGETS["reference"](graph_module, inputs, info, options)
+    graph_report.lowerings = lowered.choices
+    for what, reason in lowered.left_out:
+        if options.strict:
+            raise LoweringError(f"target {target!r} cannot use {what}: {reason}")
+        graph_report.fall_back(what, reason)
     graph_report.seconds = time.perf_counter() - started
-    compiled.record = graph_report
+    lowered.artifact.record = graph_report
     report.add(graph_report)
-    return compiled
+    return lowered.artifact
 
 
 def _may_reuse(options: Options) -> bool:

@@ -57,6 +57,15 @@ class Choice:
     declined: tuple[tuple[str, str], ...] = ()
 
 
+@dataclasses.dataclass
+class Lowered:
+    """A graph made ready to run. left_out: (what, why) for things that were left to torch."""
+
+    artifact: Artifact
+    choices: list[Choice]
+    left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
 def choose(graph_module: fx.GraphModule, lowerings: Sequence[Lowering]) -> list[Choice]:
     """Replace every dialect node by the first of `lowerings` that supports it; the others stay. In place."""
     choices = []

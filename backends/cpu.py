@@ -1,0 +1,26 @@
+"""The CPU target: graphopt's compiled C++ kernels where they decide the speed, Inductor's C++ for all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from graphopt.backends import cpp, inductor
+from graphopt.capture import GraphInfo
+from graphopt.lowering import Lowered
+from graphopt.options import Options
+
+
+def prepare() -> None:
+    """Build or load the kernels: a graph that comes out of a cache calls them without passing through here again."""
+    cpp.unavailable_reason()
+
+
+def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options) -> Lowered:
+    """The graph as an Inductor artifact that calls the kernels; without a compiler, Inductor alone (reported)."""
+    lowered = inductor.compile_graph(graph_module, inputs, info, options, cpp.lowerings())
+    if reason := cpp.unavailable_reason():
+        lowered.left_out.append(("the C++ kernels", reason))
+    return lowered
