@@ -66,6 +66,16 @@ def root(node: fx.Node) -> fx.Node:
     return last
 
 
+def original(node: fx.Node) -> fx.Node:
+    """The farthest node whose elements this chain of views shows in their very places; itself if there is none."""
+    value, found = node.meta["val"], node
+    for seen in chain(node):
+        other = seen.meta["val"]
+        if not shapes.difference(value, other) and shapes.same(value.storage_offset(), other.storage_offset()):
+            found = seen
+    return found
+
+
 def storage(node: fx.Node) -> fx.Node:
     """The node that allocated the memory which this one shows or was written into."""
     while (seen := _aliased(node)) is not None:

@@ -17,7 +17,10 @@ from graphopt.passes.kv_cache.start_with_room import start_with_room
 from graphopt.options import Options
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_linears import quantize_linears
+from graphopt.passes.recognize.recognize_attention import recognize_attention
 from graphopt.passes.recognize.recognize_linear import recognize_linear
+from graphopt.passes.recognize.recognize_rms_norm import recognize_rms_norm
+from graphopt.passes.recognize.recognize_rope import recognize_rope
 from graphopt.pipeline import describe
 
 PIPELINE: tuple[Callable[..., int], ...] = (
@@ -29,6 +32,9 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     remove_noops,
     merge_common_nodes,
     # recognize: write what passes reason about as one dialect operation each
+    recognize_attention,
+    recognize_rope,
+    recognize_rms_norm,
     recognize_linear,
     # kv_cache: no cache is copied for a new token
     append_in_place,

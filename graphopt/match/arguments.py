@@ -13,7 +13,7 @@ from graphopt import shapes
 def named(node: fx.Node) -> dict[str, Any]:
     """All arguments that are no tensors, by name. Dimensions count from the front."""
     found = {}
-    for name, value in _all(node).items():
+    for name, value in everything(node).items():
         if not _holds_tensor(value):
             found[name] = _from_front(node, value) if name in ("dim", "dims") else value
     return found
@@ -22,7 +22,7 @@ def named(node: fx.Node) -> dict[str, Any]:
 def operands(node: fx.Node) -> list[fx.Node]:
     """All arguments that are tensors, in order; those in lists too."""
     found = []
-    for value in _all(node).values():
+    for value in everything(node).values():
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, fx.Node) and _is_tensor(item):
                 found.append(item)
@@ -40,7 +40,8 @@ def same_argument(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _all(node: fx.Node) -> dict[str, Any]:
+def everything(node: fx.Node) -> dict[str, Any]:
+    """All arguments by name, defaults filled in."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
     schema = node.target._schema.arguments

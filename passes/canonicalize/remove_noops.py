@@ -55,7 +55,8 @@ def remove_noops(graph_module: fx.GraphModule) -> int:
 def _same(node: fx.Node) -> fx.Node | None:
     """The node that has the values of this one, if it is known."""
     if views.is_view(node):
-        return _same_view(node)
+        original = views.original(node)
+        return original if original is not node else None
     if _is_copy(node):
         return views.source(node)
     if node.target is prims.convert_element_type.default:
@@ -63,20 +64,6 @@ def _same(node: fx.Node) -> fx.Node | None:
     if node.target is aten.cat.default:
         return _only_part(node)
     return None
-
-
-def _same_view(node: fx.Node) -> fx.Node | None:
-    """The farthest node whose elements this chain of views shows in their places."""
-    value, found = node.meta["val"], None
-    for seen in views.chain(node):
-        other = seen.meta["val"]
-        if seen is not node and not shapes.difference(value, other) and _same_offset(value, other):
-            found = seen
-    return found
-
-
-def _same_offset(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return shapes.same(a.storage_offset(), b.storage_offset())
 
 
 def _is_copy(node: fx.Node) -> bool:
