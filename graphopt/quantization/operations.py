@@ -91,7 +91,7 @@ def quantized_embedding(
     `dtype`."""
     rows = indices.flatten()
     picked = schemes.named(scheme).unpack([part[rows] for part in packed], columns)
-    return picked.to(dtype).reshape(*indices.shape, columns)
+    return picked.to(dtype).reshape(*indices.shape, columns).contiguous()
 
 
 def _rounded_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
