@@ -84,10 +84,9 @@ def trace(
 
 def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same graph on nodes of its own; constants are shared."""
-    copy_ = copy.copy(graph_module)
-    copy_.graph = copy.deepcopy(graph_module.graph)
-    copy_.meta = dict(graph_module.meta)
-    return copy_
+    made = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    made.meta = dict(graph_module.meta)
+    return made
 
 
 def _boxed(graph_module: fx.GraphModule) -> Callable[[list[Any]], Any]:

@@ -80,7 +80,7 @@ class _Field(fx.Interpreter):
         if name in _SUMS and name not in ("sum", "linear", "parallel_linear"):
             args = tuple(_residue(item) for item in args)
             kwargs = {key: _residue(item) for key, item in kwargs.items()}
-        kwargs.pop("dtype", None)
+        kwargs = {key: item for key, item in kwargs.items() if key != "dtype"}
         meaning = ops.meaning(n.target)
         result: Any = (meaning or n.target)(*args, **kwargs)  # type: ignore[operator]
         if isinstance(result, (list, tuple)):

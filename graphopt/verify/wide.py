@@ -37,7 +37,7 @@ class Wide(TorchDispatchMode):
 def run_wide(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     """`function(*inputs)` in float64, or None where an operation has no float64 form (a bit cast, a packed kernel)."""
     try:
-        with Wide():
+        with Wide():  # type: ignore[no-untyped-call]
             return function(*tree_map(_widen_tensor, tuple(inputs)))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return None
