@@ -1,7 +1,7 @@
 """Build the C++ kernels of `src/` into one shared library with the machine's compiler, and load it.
 
-Each instruction set is one object file compiled from the same `kernels.cpp`; which of them runs is decided when the
-library is loaded (`machine.cpp`), so the library depends on the compiler and on torch, not on the processor.
+Each instruction set is one object file compiled from the same `kernels.cpp`; which of them runs is decided when
+the library is loaded (`machine.cpp`), so the library depends on the compiler and on torch, not on the processor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,8 +45,8 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def compiler() -> str | None:
-    """Path of the C++ compiler (`CXX`, else what torch's extension tooling would use), or None."""
-    return shutil.which(os.environ.get("CXX") or cpp_extension.get_cxx_compiler())
+    """Path of the C++ compiler (`CXX`, else c++), or None."""
+    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def unavailable_reason() -> str | None:
@@ -58,27 +58,23 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def load(cache_dir: Callable[[], Path]) -> str | None:
-    """Build the library unless `cache_dir()` holds it already, and load it; later calls return at once.
-
-    `cache_dir` gives a private directory (mode 0700, owner checked by the caller). Returns None once the operators
-    `torch.ops.graphopt_cpp.*` exist, otherwise the reason why they do not, which is the same for the process's life.
-    """
-    return _load(cache_dir)
-
-
 @functools.cache
-def _load(cache_dir: Callable[[], Path]) -> str | None:
+def load(directory: Path) -> str | None:
+    """Load the library from `directory`, building it first if it is not there; later calls return at once.
+
+    `directory` is private to the user (`graphopt.runtime.cache.cache_dir`). Returns None once the operators
+    `torch.ops.graphopt_cpp.*` exist, otherwise the reason why not, which then holds for the process's life.
+    """
     reason = unavailable_reason()
     if reason is not None:
         return reason
     try:
-        library = _library(cache_dir())
+        library = _library(directory)
         try:
             torch.ops.load_library(str(library))
         except OSError:  # cut short by a full disk or a crash: build it anew, once
             library.unlink()
-            torch.ops.load_library(str(_library(cache_dir())))
+            torch.ops.load_library(str(_library(directory)))
     except (BuildError, OSError) as error:
         return f"the C++ kernels could not be built: {error}"
     return None
@@ -140,11 +136,12 @@ def _build(library: Path) -> None:
         commands = _commands(work)
         failed = _run_all(commands)
         # A compiler too old for an instruction set leaves an empty table; any other failure is final.
-        absent = {isa: [*commands[isa], "-DGRAPHOPT_ABSENT"] for isa in failed if isa in ISA_FLAGS and isa != "plain"}
+        optional = [target for target in failed if target in ISA_FLAGS and target != "plain"]
+        absent = {isa: [*commands[isa], "-DGRAPHOPT_ABSENT"] for isa in optional}
         for target, message in {**failed, **_run_all(absent)}.items():
             if target not in absent or not (work / f"{target}.o").exists():
                 raise BuildError(f"compiling {target} failed: {message}")
-        # OpenMP's symbols come from the runtime torch has loaded: linking one here could bring a second thread pool.
+        # OpenMP's symbols come from the runtime torch has loaded: one linked here could bring a second thread pool.
         # -z now: a symbol that is missing is an error at load, not a crash at the first call.
         result = work / "kernels.so"
         objects = [str(work / f"{target}.o") for target in commands]

@@ -31,8 +31,19 @@ INLINE F exp_negative(F x) {
 
 INLINE float exp_negative(float x) { return exp_negative(splat(x))[0]; }
 
-// NaN counts as larger than anything; a row whose scores are all NaN must not look like one that is masked.
-INLINE F larger_or_nan(F a, F b) { return select(a <= b, b, a); }
+// The largest element. NaN counts as larger than anything: a row whose scores are all NaN must not look like one that
+// is masked.
+template <class V>
+INLINE V larger_or_nan(V a, V b) { return a <= b ? b : a; }
+
+INLINE float largest(F a) {
+  F4 part[lanes / 4];
+  __builtin_memcpy(part, &a, sizeof part);
+  for (int width = lanes / 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] = larger_or_nan(part[i], part[i + width]);
+  F4 two = larger_or_nan(part[0], __builtin_shufflevector(part[0], part[0], 2, 3, 0, 1));
+  return larger_or_nan(two[0], two[1]);
+}
 
 INLINE F softcapped(F s, float cap) {
   F y = s / cap;
@@ -143,8 +154,7 @@ struct Attention {
 
       F best = load(s);
       for (int64_t i = lanes; i < key_block; i += lanes) best = larger_or_nan(load(s + i), best);
-      float now = maximum[row];
-      for (int i = 0; i < lanes; ++i) now = best[i] <= now ? now : best[i];
+      const float now = larger_or_nan(largest(best), maximum[row]);
       F sums{};
       if (now == minus_infinity) {  // nothing visible yet
         for (int64_t i = 0; i < key_block; i += lanes) store(s + i, F{});

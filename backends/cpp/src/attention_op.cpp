@@ -160,6 +160,7 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Ma
     run(*dtype_of(q.scalar_type()), task_of(q, k, v, mask, out, causal, scale, softcap, window));
     return out;
   }
+  const WithoutAutocast guard;
   Tensor result = plain(q, k, v, mask, causal, scale, softcap, window);
   if (result.dim() != 4) return result.contiguous();
   // The strides that the fake implementation promises.

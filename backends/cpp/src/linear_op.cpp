@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -15,7 +16,7 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 // Rows of one weight given to a thread are a multiple of this, so that groups of rows and cache lines stay whole.
-constexpr int64_t row_unit = 16;
+constexpr int64_t row_unit = 16, panel_unit = 32;
 // Below this many bytes of weight a second thread costs more than it brings.
 constexpr int64_t bytes_worth_threads = 48 << 10;
 
@@ -52,94 +53,102 @@ LinearTask task_of(const Tensor& weight, const MaybeTensor& bias, const Tensor& 
           weight.stride(0), n};
 }
 
-// All rows of all weights in one parallel region, each thread an equal share of the bytes.
-void run_decode(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
-  const Kernels& table = kernels();
-  const Dtype dtype = *dtype_of(x.scalar_type());
-  const Tensor rows = rows_of(x, m);
-  const int64_t k = rows.size(1), ldx = m == 1 ? k : rows.stride(0);
-  const void* data = rows.const_data_ptr();
+int64_t units_of(const LinearTask& task, int64_t unit) { return (task.n + unit - 1) / unit; }
+
+// Shares the rows of all weights, in units of so many, among threads: f(task, first row, row after the last).
+template <class Call>
+void for_rows_of_all(at::ArrayRef<LinearTask> tasks, int64_t unit, int64_t grain, const Call& f) {
   int64_t units = 0;
-  for (const LinearTask& task : tasks) units += (task.n + row_unit - 1) / row_unit;
-  const int64_t unit_bytes = row_unit * k * int64_t(rows.element_size());
-  const int64_t grain = std::max<int64_t>(1, bytes_worth_threads / unit_bytes);
+  for (const LinearTask& task : tasks) units += units_of(task, unit);
   at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    // Packed by each thread for itself: cheaper than fetching it from another core's cache.
-    PackedRows packed{scratch(Scratch::per_thread, table.packed_bytes(dtype, m, k)), m, k};
-    table.pack_rows(dtype, data, ldx, packed);
-    int64_t first = 0;  // unit at which the task begins
+    int64_t first = 0;  // the unit at which the task begins
     for (const LinearTask& task : tasks) {
-      const int64_t last = first + (task.n + row_unit - 1) / row_unit;
-      const int64_t from = (std::max(begin, first) - first) * row_unit;
-      const int64_t to = std::min((std::min(end, last) - first) * row_unit, task.n);
-      if (from < to) table.linear_rows(dtype, task, packed, from, to);
+      const int64_t last = first + units_of(task, unit);
+      const int64_t from = (std::max(begin, first) - first) * unit, to = std::min((std::min(end, last) - first) * unit, task.n);
+      if (from < to) f(task, from, to);
       first = last;
     }
   });
 }
 
+// Up to max_decode_rows rows: one parallel region, each thread an equal share of the bytes of weight.
+void run_decode(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
+  const Kernels& table = kernels();
+  const Dtype dtype = *dtype_of(x.scalar_type());
+  const Tensor rows = rows_of(x, m);
+  const int64_t k = rows.size(1), ldx = rows.stride(0), unit_bytes = row_unit * k * int64_t(rows.element_size());
+  const void* data = rows.const_data_ptr();
+  const size_t bytes = table.packed_bytes(dtype, m, k);
+  for_rows_of_all(tasks, row_unit, std::max<int64_t>(1, bytes_worth_threads / unit_bytes),
+                  [&](const LinearTask& task, int64_t from, int64_t to) {
+                    // Packed by each thread for itself: cheaper than fetching it from another core's cache.
+                    const PackedRows packed{scratch(Scratch::per_thread, bytes), m, k};
+                    table.pack_rows(dtype, data, ldx, packed);
+                    table.linear_rows(dtype, task, packed, from, to);
+                  });
+}
+
 // Rows of x packed at a time: as many as stay in a core's cache while a thread's share of the weight passes by.
-constexpr int64_t panel_bytes = 1 << 20;
+int64_t panel_rows(int64_t m, int64_t k) {
+  constexpr int64_t bytes = 1 << 20;
+  return std::min(m, std::max(panel_unit, bytes / (2 * k) / panel_unit * panel_unit));
+}
+
+// Whether the tile kernel is worth it: each chunk of rows reads the weight anew, which long rows make too often.
+bool panel_takes(const Tensor& x, int64_t m, int64_t k) {
+  return x.scalar_type() == at::kBFloat16 && kernels().linear_panel && m <= 4 * panel_rows(m, k);
+}
 
 // Many rows: x is packed once per call for all threads and weights, chunk by chunk.
 void run_prefill(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
   const Kernels& table = kernels();
   const Tensor rows = rows_of(x, m);
-  const int64_t k = rows.size(1), ldx = rows.stride(0);
-  const int64_t chunk = std::min(m, std::max<int64_t>(2 * row_unit, panel_bytes / (2 * k) / (2 * row_unit) * (2 * row_unit)));
+  const int64_t k = rows.size(1), ldx = rows.stride(0), chunk = panel_rows(m, k);
   PackedRows packed{scratch(Scratch::per_call, table.packed_bytes(Dtype::bf16, chunk, k)), chunk, k};
-  int64_t units = 0;
-  for (const LinearTask& task : tasks) units += (task.n + 2 * row_unit - 1) / (2 * row_unit);
   for (int64_t done = 0; done < m; done += chunk) {
     packed.m = std::min(chunk, m - done);
     const auto* data = static_cast<const uint16_t*>(rows.const_data_ptr()) + done * ldx;
-    at::parallel_for(0, (packed.m + row_unit - 1) / row_unit, std::max<int64_t>(1, bytes_worth_threads / (row_unit * k)),
+    at::parallel_for(0, (packed.m + row_unit - 1) / row_unit, std::max<int64_t>(1, bytes_worth_threads / (2 * row_unit * k)),
                      [&](int64_t begin, int64_t end) { table.pack_panel(data, ldx, packed, begin * row_unit, end * row_unit); });
-    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      int64_t first = 0;
-      for (LinearTask task : tasks) {
-        const int64_t last = first + (task.n + 2 * row_unit - 1) / (2 * row_unit);
-        const int64_t from = (std::max(begin, first) - first) * 2 * row_unit;
-        const int64_t to = std::min((std::min(end, last) - first) * 2 * row_unit, task.n);
-        task.out = static_cast<uint16_t*>(task.out) + done * task.ldo;
-        if (from < to) table.linear_panel(task, packed, from, to);
-        first = last;
-      }
+    for_rows_of_all(tasks, panel_unit, 1, [&](LinearTask task, int64_t from, int64_t to) {
+      task.out = static_cast<uint16_t*>(task.out) + done * task.ldo;
+      table.linear_panel(task, packed, from, to);
     });
   }
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  if (kernel_takes(x, weight, bias)) {
-    const int64_t m = x.numel() / x.size(-1);
-    const bool decode = m <= max_decode_rows;
-    if (decode || (x.scalar_type() == at::kBFloat16 && kernels().linear_panel)) {
-      Tensor out = at::empty(out_sizes(x, weight.size(0)), x.options());
-      const LinearTask task = task_of(weight, bias, out);
-      if (decode) run_decode(x, m, task); else run_prefill(x, m, task);
-      return out;
-    }
+// Runs weights [i] on the kernels, all in one go, if they can take them; false if not.
+bool run(const Tensor& x, at::TensorList weights, at::ArrayRef<MaybeTensor> biases, std::vector<Tensor>& outs) {
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (!kernel_takes(x, weights[i], biases[i])) return false;
+  const int64_t k = x.size(-1), m = x.numel() / k;
+  const bool decode = m <= max_decode_rows;
+  if (!decode && !panel_takes(x, m, k)) return false;
+  c10::SmallVector<LinearTask, 4> tasks;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    outs.push_back(at::empty(out_sizes(x, weights[i].size(0)), x.options().requires_grad(false)));
+    tasks.push_back(task_of(weights[i], biases[i], outs.back()));
   }
+  decode ? run_decode(x, m, tasks) : run_prefill(x, m, tasks);
+  return true;
+}
+
+Tensor by_torch(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  const WithoutAutocast guard;
   return at::linear(x, weight, bias).contiguous();
+}
+
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  std::vector<Tensor> outs;
+  return run(x, weight, bias, outs) ? std::move(outs[0]) : by_torch(x, weight, bias);
 }
 
 std::vector<Tensor> parallel_linear_cpu(const Tensor& x, at::TensorList weights, const c10::List<MaybeTensor>& biases) {
   TORCH_CHECK(weights.size() == biases.size(), "parallel_linear: ", weights.size(), " weights but ", biases.size(), " biases");
+  const std::vector<MaybeTensor> each = biases.vec();
   std::vector<Tensor> outs;
-  std::vector<LinearTask> tasks;
-  outs.reserve(weights.size());
-  bool together = x.dim() >= 1 && x.size(-1) > 0 && x.numel() / x.size(-1) <= max_decode_rows;
-  for (size_t i = 0; i < weights.size() && together; ++i) together = kernel_takes(x, weights[i], biases.get(i));
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const MaybeTensor bias = biases.get(i);
-    if (!together) {
-      outs.push_back(linear_cpu(x, weights[i], bias));
-      continue;
-    }
-    outs.push_back(at::empty(out_sizes(x, weights[i].size(0)), x.options()));
-    tasks.push_back(task_of(weights[i], bias, outs.back()));
-  }
-  if (!tasks.empty()) run_decode(x, x.numel() / x.size(-1), tasks);
+  if (weights.empty() || run(x, weights, each, outs)) return outs;
+  for (size_t i = 0; i < weights.size(); ++i) outs.push_back(linear_cpu(x, weights[i], each[i]));
   return outs;
 }
 

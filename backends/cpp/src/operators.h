@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 
@@ -17,6 +18,12 @@ inline std::optional<Dtype> dtype_of(at::ScalarType type) {
     default: return std::nullopt;
   }
 }
+
+// Held while an operator falls back to torch's own: autocast has had its say where the operator was called, and must
+// not change the dtype of the result now.
+struct WithoutAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 // Memory of the calling thread, aligned to 64 bytes, valid until it asks again for the same use; kept between calls.
 enum class Scratch { per_thread, per_call };
