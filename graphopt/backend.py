@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from graphopt import _compat, backends, passes, pipeline, report
 from graphopt.capture import GraphInfo, capture
+from graphopt.dump import Dump
 from graphopt.errors import GraphoptError, LoweringError
 from graphopt.options import Options
 from graphopt.runtime import artifact, cache
+from graphopt.verify import Checker
 
 _compat.prepare_dynamo()
 artifact.on_load.append(report.add)
@@ -58,7 +63,19 @@ def _compile(
     started = time.perf_counter()
     target = backends.resolve(options.target, inputs)
     graph_report = report.GraphReport(info.kind, target, len(graph_module.graph.nodes))
-    graph_report.passes = pipeline.run(graph_module, arranged, options)
+    dumped = Dump(options.dump) if options.dump else None
+    checker = _checker(options)
+    if dumped is not None:
+        dumped.graph("capture", graph_module)
+    graph_report.passes = pipeline.run(
+        graph_module,
+        arranged,
+        options,
+        observer=checker,
+        after_pass=dumped.graph if dumped is not None else None,
+    )
+    if checker is not None:
+        graph_report.verification = checker.summary()
     meaning = copy.deepcopy(graph_module.graph)
     try:
         lowered = backends.TARGETS[target](graph_module, inputs, info, options)
@@ -77,8 +94,18 @@ def _compile(
         graph_report.fall_back(what, reason)
     graph_report.seconds = time.perf_counter() - started
     lowered.artifact.record = graph_report
+    if dumped is not None:
+        dumped.report(json.dumps(dataclasses.asdict(graph_report), indent=1, default=str))
     report.add(graph_report)
     return lowered.artifact
+
+
+def _checker(options: Options) -> Checker | None:
+    """What watches the rewrites under `verify`; reproducers of failures go to the dump, else to the cache."""
+    if options.verify == "off":
+        return None
+    directory = Path(options.dump) / "repro" if options.dump else cache.cache_dir("repro")
+    return Checker(options.verify, directory=directory)
 
 
 def _may_reuse(options: Options) -> bool:

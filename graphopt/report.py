@@ -37,6 +37,7 @@ class GraphReport:
     lowerings: list[Choice] = dataclasses.field(default_factory=list)
     fallbacks: list[Fallback] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    verification: dict[str, Any] | None = None
 
     @property
     def rewrites(self) -> int:
@@ -64,6 +65,9 @@ class Report:
         for number, graph in enumerate(self.graphs, 1):
             yield _pass_table(number, graph)
             yield _lowering_table(graph)
+            if graph.verification is not None:
+                counts = ", ".join(f"{value} {name}" for name, value in graph.verification.items())
+                yield f"rewrites verified: {counts}"
             for fallback in graph.fallbacks:
                 yield f"[yellow]left to torch[/]: {fallback.what}: {fallback.reason}"
         for title, reasons in (("graph break", self.graph_breaks), ("recompiled", self.recompiles)):

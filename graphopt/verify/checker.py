@@ -45,8 +45,8 @@ class Checker:
 
     level: "sample" (a few inputs for each distinct rewrite) or "all". on_failure: called with each `Failure`; by
     default a VerificationError is raised. directory: where reproducers are written; None writes none.
-    checked, distinct, unchecked: how many rewrites were seen, how many differed, how many could not be run at all
-    (their inputs are not known well enough); failures: what was found.
+    checked, distinct, unchecked: how many rewrites were seen, how many kinds there were, how many kinds could not be
+    run (no valid inputs were found for them); failures: what was found.
     """
 
     level: str
@@ -74,6 +74,15 @@ class Checker:
         if self.on_failure is None:
             raise VerificationError(str(failure))
         self.on_failure(failure)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the report."""
+        return {
+            "checked": self.checked,
+            "distinct": self.distinct,
+            "unchecked": self.unchecked,
+            "failed": len(self.failures),
+        }
 
     def _check(self, application: Application, pair: Pair) -> Failure | None:
         order = random_order(application)
