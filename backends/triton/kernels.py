@@ -9,7 +9,6 @@ from torch.fx import GraphModule
 
 from graphopt.backends.triton.attention import AttentionSection, attention_of
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
-
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection
 from graphopt.backends.triton.source import Kernel, pointer_type, provenance, prune, signature

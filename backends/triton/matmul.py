@@ -244,12 +244,9 @@ class MatmulSection:
             outside = f"tl.where({self.k.mask}, {a.text}, 0)" if self.k.mask else a.text
             inside.append(f"{name} += {outside} * {b.text}")
             return name
-        left, plain = left_evaluator.narrow(a), a.text in left_evaluator.raw or a.text.startswith("load")
-        if self.k.mask and not plain:
-            left = f"tl.where({self.k.mask}, {left}, 0)"
-        if not self.k.mask and not {"x", "r"} <= a.uses:
-            left = f"tl.broadcast_to({left}, [{bm}, {bk}])"
-        operands = left, evaluator.narrow(b)
+        left = _operand(left_evaluator, a, {"x", "r"}, self.k.mask, f"[{bm}, {bk}]")
+        right = _operand(evaluator, b, {"k", "n"}, down.mask, f"[{bk}, {bn}]")
+        operands = left, right
         inside.append(f"{name} = tl.dot({operands[0]}, {operands[1]}, {name}, input_precision='ieee')")
         return name
 
@@ -327,6 +324,15 @@ class MatmulSection:
             return (*self._along(self.n, sizes[:1]), *self._along(self.k, sizes[1:]))
         own = (*self._along(self.k, sizes[-2:-1]), *self._along(self.n, sizes[-1:]))
         return (*self._result_index()[:1], *own) if each.batched else own
+
+
+def _operand(evaluator: Evaluator, value: Value, axes: set[str], mask: str | None, shape: str) -> str:
+    """A value as an operand of `tl.dot`: a whole tile in its memory type, 0 beyond the end of k."""
+    text = evaluator.narrow(value)
+    loaded = value.text in evaluator.raw or value.text.startswith("load")
+    if mask and not (loaded and axes <= value.uses):
+        text = f"tl.where({mask}, {text}, 0)"
+    return text if axes <= value.uses else f"tl.broadcast_to({text}, {shape})"
 
 
 def matmul_sections(region: Region, names: Names) -> list[MatmulSection]:

@@ -234,6 +234,8 @@ class RowSection:
             full = self.reductions[0].place(self.x, r, sizes)
             if full is not None:
                 return full
+            if product(sizes) == self.x.total:
+                return spread(self.x, sizes, self.evaluator)
             if self.reductions[0].trailing and product(sizes) == self.x.total * r.total:
                 position = flatten(self.x.symbols, self.x.sizes) * r.total + flatten(r.symbols, r.sizes)
                 return unflatten(sympy.expand(position), sizes, self.evaluator.ranges)

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphopt import capture
 from graphopt.backends.triton.compile import CompiledGraph, compile_graph
+from graphopt.passes.fuse.expand_rows import expand_rows
 
 Prepare = Callable[[GraphModule], Any]
 
@@ -27,6 +28,7 @@ def run(
 
     def compile_captured(graph_module: GraphModule, fake: Sequence[Any], info: Any) -> Callable[[list[Any]], Any]:
         if prepare is None:
+            expand_rows(graph_module)
             graph_module = as_one_region(graph_module)
         else:
             prepare(graph_module)

@@ -1,0 +1,216 @@
+"""What a graph costs: bytes and FLOPs as sympy expressions of its symbolic sizes, and the time a device needs for them.
+
+A node run by itself reads its operands and writes its result; a view moves nothing. A fused region reads each of its
+inputs once and writes each of its outputs once, which is what fusion gains. The predicted time is the roofline,
+
+    max(bytes / bandwidth, flops / peak) + launch,
+
+with figures from the vendors' data sheets (dense peaks, no sparsity) or, for "cpu", measured on this machine once.
+A research user swaps the model through `options={"cost_model": ...}`: any function from a region to a `Cost`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+import graphopt.ops  # noqa: F401  (registers the dialect)
+from graphopt.index_map import ALIASING_VIEWS, product, size_expression
+from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
+
+aten = torch.ops.aten
+_ZERO: sympy.Expr = sympy.Integer(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Bytes moved and floating point operations, in the graph's symbols; launches is the number of kernels."""
+
+    bytes: sympy.Expr = _ZERO
+    flops: sympy.Expr = _ZERO
+    launches: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.launches + other.launches)
+
+    def at(self, sizes: Mapping[str, int]) -> Cost:
+        """The cost with values for symbols, by name."""
+        values = {s: sizes[s.name] for s in (self.bytes + self.flops).free_symbols if s.name in sizes}
+        return Cost(sympy.sympify(self.bytes).subs(values), sympy.sympify(self.flops).subs(values), self.launches)
+
+
+CostModel = Callable[[GraphModule], Cost]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Bandwidth in bytes a second, peaks in operations a second by dtype, and seconds for one launch."""
+
+    name: str
+    bandwidth: float
+    peaks: Mapping[torch.dtype, float]
+    launch: float = 3e-6
+
+    def seconds(self, cost: Cost, dtype: torch.dtype = torch.bfloat16) -> float:
+        """The predicted time of a cost without free symbols. Raises ValueError while symbols are left."""
+        left = sorted(str(s) for s in sympy.sympify(cost.bytes + cost.flops).free_symbols)
+        if left:
+            raise ValueError(f"the cost still depends on {', '.join(left)}: give their values with Cost.at")
+        peak = self.peaks.get(dtype, self.peaks[torch.float32])
+        return max(float(cost.bytes) / self.bandwidth, float(cost.flops) / peak) + cost.launches * self.launch
+
+
+def _peaks(single: float, half: float, byte: float) -> dict[torch.dtype, float]:
+    return {torch.float32: single * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12,
+            torch.int8: byte * 1e12}
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device for device in (
+        Device("H200", 4.8e12, _peaks(67, 989, 1979)),
+        Device("H100", 3.35e12, _peaks(67, 989, 1979)),
+        Device("A100", 2.039e12, _peaks(19.5, 312, 624)),
+        Device("B200", 8.0e12, _peaks(75, 2250, 4500)),
+        Device("MI300X", 5.3e12, _peaks(163.4, 1307.4, 2614.9)),
+        Device("L4", 0.3e12, _peaks(30.3, 121, 242)),
+        Device("RTX 4090", 1.008e12, _peaks(82.6, 165.2, 660.6)),
+    )
+}
+"""Data sheet figures; H100, H200 and A100 are the SXM forms."""
+
+
+def device(name: str) -> Device:
+    """A device of the table, or "cpu", measured. Raises ValueError for another name."""
+    if name == "cpu":
+        return measured_cpu()
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}: it must be one of {', '.join((*DEVICES, 'cpu'))}")
+    return DEVICES[name]
+
+
+@functools.cache
+def measured_cpu() -> Device:
+    """This machine: bandwidth of a large sum, peak of a matrix product; the best of a few runs, once a process."""
+    large = torch.ones(1 << 25)
+    square = torch.ones(768, 768)
+    bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 4)
+    peaks = {dtype: 2 * 768**3 / _best(lambda: square.to(dtype) @ square.to(dtype), 4)
+             for dtype in (torch.float32, torch.bfloat16)}
+    return Device("cpu", bandwidth, peaks, launch=1e-6)
+
+
+def _best(run: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return max(min(seconds), 1e-9)
+
+
+def value_bytes(value: Any) -> sympy.Expr:
+    """The bytes that a fake value's elements take; an expanded dimension (stride 0) counts once."""
+    if isinstance(value, (tuple, list)):
+        return sum((value_bytes(v) for v in value), _ZERO)
+    if not isinstance(value, torch.Tensor):
+        return _ZERO
+    dims = [size_expression(s) for s, stride in zip(value.shape, value.stride(), strict=True)
+            if isinstance(stride, torch.SymInt) or stride != 0]
+    return product(dims) * value.dtype.itemsize
+
+
+def _numel(value: Any) -> sympy.Expr:
+    if isinstance(value, (tuple, list)):
+        return sum((_numel(v) for v in value), _ZERO)
+    return product([size_expression(s) for s in value.shape]) if isinstance(value, torch.Tensor) else _ZERO
+
+
+_GATHERS = frozenset({aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor})
+
+
+def _reads(node: Node, operand: Node) -> sympy.Expr:
+    """The bytes that a node reads of an operand: a gather reads only the rows it picks, a slice only its part."""
+    value = node.meta.get("val")
+    if node.target in _GATHERS and node.args[0] is operand:
+        return value_bytes(value)
+    if node.op == "call_function" and is_view(node) and node.target not in (aten.expand.default,):
+        return _numel(value) * operand.meta["val"].dtype.itemsize if isinstance(value, torch.Tensor) else _ZERO
+    return value_bytes(operand.meta.get("val"))
+
+
+def flops(node: Node) -> sympy.Expr:
+    """The floating point operations of a node: two for each multiplication and addition of a contraction, one for each
+    element of an elementwise node or of a reduction's operand, none for moving data."""
+    if node.op != "call_function" or is_view(node) or node.target in CONSTANTS or node.target in SPLITS:
+        return _ZERO
+    name = str(node.target)
+    operands = [n.meta.get("val") for n in node.all_input_nodes]
+    if name in ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "graphopt.linear.default",
+                "graphopt.parallel_linear.default"):
+        left = node.args[1] if name == "aten.addmm.default" else node.args[0]
+        assert isinstance(left, Node)
+        return 2 * _numel(node.meta["val"]) * size_expression(left.meta["val"].shape[-1])
+    if "attention" in name and len(operands) >= 3:
+        q, k, v = operands[:3]
+        pairs = _numel(q) * size_expression(k.shape[-2])
+        return 2 * pairs + 2 * pairs / size_expression(q.shape[-1]) * size_expression(v.shape[-1])
+    if node.target in REDUCTIONS:
+        return _numel(operands[0])
+    value = node.meta.get("val")
+    return _numel(value) if isinstance(value, torch.Tensor) and node.target not in _GATHERS else _ZERO
+
+
+def node_cost(node: Node) -> Cost:
+    """The cost of a node run by itself; of a region, when the node calls one."""
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        assert owner is not None
+        module = owner.get_submodule(str(node.target))
+        assert isinstance(module, GraphModule)
+        return region_cost(module)
+    if node.op != "call_function" or node.target in ALIASING_VIEWS or node.target in SPLITS:
+        return Cost()
+    if getattr(node.target, "__module__", "") in ("_operator", "operator"):
+        return Cost()
+    reads = sum((_reads(node, operand) for operand in node.all_input_nodes), _ZERO)
+    return Cost(reads + value_bytes(node.meta.get("val")), flops(node), 1)
+
+
+def region_cost(region: GraphModule) -> Cost:
+    """The cost of a fused region: every input is read once, every output written once."""
+    total: sympy.Expr = _ZERO
+    for node in region.graph.nodes:
+        if node.op == "placeholder":
+            total += _input_bytes(node)
+    returned = region.graph.output_node().all_input_nodes
+    written = sum((value_bytes(n.meta.get("val")) for n in returned if n.op != "placeholder"), _ZERO)
+    return Cost(total + written, sum((flops(n) for n in region.graph.nodes), _ZERO), 1)
+
+
+def _input_bytes(node: Node) -> sympy.Expr:
+    """What a region reads of an input: no more than its readers ask for when all of them pick parts."""
+    whole = value_bytes(node.meta.get("val"))
+    users = list(node.users)
+    if users and all(u.target in _GATHERS and u.args[0] is node for u in users):
+        return sum((_reads(u, node) for u in users), _ZERO)
+    return whole
+
+
+def graph_cost(graph_module: GraphModule) -> Cost:
+    """The cost of a whole graph, as it stands: the sum over its regions and remaining nodes."""
+    return sum((node_cost(n) for n in graph_module.graph.nodes), Cost())
+
+
+def minimal_bytes(graph_module: GraphModule) -> sympy.Expr:
+    """The least that any kernels could move: each used input once and each new output once."""
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder" and n.users]
+    outputs = graph_module.graph.output_node().all_input_nodes
+    read = sum((_input_bytes(n) for n in inputs), _ZERO)
+    return read + sum((value_bytes(n.meta.get("val")) for n in outputs if n.op != "placeholder"), _ZERO)

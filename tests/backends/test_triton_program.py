@@ -1,0 +1,173 @@
+"""The generated file: readable, deterministic, runnable alone, reusing buffers, and closed to what a graph is named."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule
+
+from graphopt.backends.triton.compile import compile_graph, load
+from graphopt.backends.triton.expressions import literal
+from graphopt.backends.triton.program import write
+from graphopt.passes.fuse.form_regions import form_regions
+from tests.backends.graphs import as_one_region, run
+from tests.backends.test_triton_models import DECODERS, bert, gpt2, logits, optimize
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "triton"
+HOSTILE = "x\n    import os; os.system('touch /tmp/owned')\n#"
+
+
+def block_source(name: str) -> str:
+    """The generated file of a one-layer model."""
+    torch.manual_seed(0)
+    ids = torch.arange(6)[None]
+    if name == "bert":
+        model = bert(1)
+        _, compiled = run(lambda x: model(x).last_hidden_state, ids, prepare=optimize)
+    else:
+        model = gpt2(1) if name == "gpt2" else DECODERS["Llama"](1)
+        _, compiled = run(logits(model), ids, prepare=optimize)
+    lines = compiled[0].source.splitlines()
+    return "\n".join(line for line in lines if not line.startswith("# from ")) + "\n"
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_source_of_a_block(name: str, request: pytest.FixtureRequest) -> None:
+    source = block_source(name)
+    assert source == block_source(name), "generation is not deterministic"
+    path = GOLDEN / f"{name}.py.txt"
+    if request.config.getoption("--update-golden", default=False) or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert source == path.read_text(), f"{path} differs: look at the change, then delete the file and run again"
+
+
+def captured(*inputs: torch.Tensor) -> GraphModule:
+    kept: list[GraphModule] = []
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + w) * 2
+
+    run(function, *inputs, prepare=lambda graph: kept.append(graph))
+    return kept[0]
+
+
+def test_names_of_a_graph_reach_the_source_only_as_harmless_comments() -> None:
+    graph_module = captured(torch.randn(3, 4), torch.randn(4))
+    for node in graph_module.graph.nodes:
+        node.name = node._rename(HOSTILE) or HOSTILE if hasattr(node, "_rename") else HOSTILE
+        node.meta["stack_trace"] = f'File "{HOSTILE}", line 1, in f'
+    program = write(as_one_region(graph_module))
+    assert "\n    import os" not in program.source
+    for line in program.source.splitlines():
+        if "owned" in line:
+            assert line.startswith("# ")
+    calls = {n.func.attr for n in ast.walk(ast.parse(program.source))
+             if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+    assert "system" not in calls
+
+
+@pytest.mark.parametrize("value", [HOSTILE, object(), None, [1]])
+def test_only_numbers_become_literals(value: object) -> None:
+    with pytest.raises(TypeError, match="not a number"):
+        literal(value)
+
+
+def test_a_subclass_of_a_number_prints_as_the_number() -> None:
+    class Evil(float):
+        def __repr__(self) -> str:
+            return "__import__('os').system('true')"
+
+    assert literal(Evil(2.5)) == "2.5"
+
+
+def test_special_numbers_keep_their_value() -> None:
+    x = torch.randn(5)
+    got, _ = run(lambda a: (a + float("inf"), a * float("nan"), a * -0.0, a + 1e-45, a * 3), x)
+    torch.testing.assert_close(got, (x + float("inf"), x * float("nan"), x * -0.0, x + 1e-45, x * 3), equal_nan=True)
+
+
+def test_what_has_no_kernel_runs_as_aten_and_is_named() -> None:
+    x = torch.randn(4, 5)
+    got, compiled = run(lambda a: torch.sort(a + 1, -1)[0] * 2, x, prepare=form_regions)
+    torch.testing.assert_close(got, torch.sort(x + 1, -1)[0] * 2)
+    assert [f.target for f in compiled[0].fallbacks] == ["aten.sort.default"]
+    assert compiled[0].launches == 2
+
+
+def test_a_region_without_a_kernel_runs_by_its_own_graph() -> None:
+    x = torch.randn(4, 5)
+    got, compiled = run(lambda a: torch.digamma(a.abs() + 1) * 2, x)
+    torch.testing.assert_close(got, torch.digamma(x.abs() + 1) * 2)
+    assert "digamma" in compiled[0].fallbacks[0].reason and compiled[0].launches == 0
+
+
+def test_memory_of_dead_buffers_is_taken_again() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = torch.cumsum((x @ w).relu(), 0)
+        return x
+
+    x, w = torch.randn(8, 8), torch.randn(8, 8) / 8
+    got, compiled = run(function, x, w, prepare=form_regions)
+    torch.testing.assert_close(got, function(x, w), rtol=1e-4, atol=1e-4)
+    call = compiled[0].source.split("def call", 1)[1]
+    assert call.count("empty_strided") < call.count("launch(")
+
+
+def test_outputs_that_alias_inputs_stay_views() -> None:
+    x = torch.randn(4, 6)
+    got, _ = run(lambda a: (a.view(24), a[1:], a + 1), x, prepare=form_regions)
+    assert got[0].data_ptr() == x.data_ptr() and got[1].data_ptr() == x[1:].data_ptr()
+
+
+def test_updates_of_inputs_happen_after_every_reader() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        before = x.sum(-1)
+        x.mul_(2)
+        y.copy_(x + 1)
+        return before + x.sum(-1)
+
+    eager = [torch.randn(3, 4), torch.randn(3, 4)]
+    mine = [t.clone() for t in eager]
+    want = function(*eager)
+    got, _ = run(function, *mine, prepare=form_regions)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(mine, eager)
+
+
+def test_the_file_runs_alone(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    got, compiled = run(lambda a: F.relu(a) + 1, x)
+    file = tmp_path / "kernels.py"
+    file.write_text(compiled[0].source)
+    script = (f"import runpy, torch; call = runpy.run_path({str(file)!r})['call'];"
+              "x = torch.arange(32.).view(4, 8) - 9; assert call([x])[0].equal(torch.relu(x) + 1)")
+    environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+    torch.testing.assert_close(got, F.relu(x) + 1)
+
+
+def test_an_empty_graph() -> None:
+    graph_module = captured(torch.randn(3, 4), torch.randn(4))
+    returned = graph_module.graph.output_node()
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    returned.args = ((placeholders[0],),)
+    graph_module.graph.eliminate_dead_code()
+    x = torch.randn(3, 4)
+    assert compile_graph(graph_module, interpret=True)(x, torch.randn(4))[0] is x
+
+
+def test_load_keeps_the_text_where_triton_looks_for_it() -> None:
+    import inspect
+
+    names = load("def answer():\n    return 42\n")
+    assert names["answer"]() == 42 and "return 42" in inspect.getsource(names["answer"])
+
+
