@@ -137,7 +137,7 @@ def _build(library: Path) -> None:
         failed = _run_all(commands)
         # A compiler too old for an instruction set leaves an empty table; any other failure is final.
         optional = [target for target in failed if target in ISA_FLAGS and target != "plain"]
-        absent = {isa: [*commands[isa], "-DGRAPHOPT_ABSENT"] for isa in optional}
+        absent = {isa: [*_without(commands[isa], ISA_FLAGS[isa]), "-DGRAPHOPT_ABSENT"] for isa in optional}
         for target, message in {**failed, **_run_all(absent)}.items():
             if target not in absent or not (work / f"{target}.o").exists():
                 raise BuildError(f"compiling {target} failed: {message}")
@@ -149,6 +149,10 @@ def _build(library: Path) -> None:
         _run([str(compiler()), "-shared", *objects, *libraries, "-Wl,-z,now", "-o", str(result)])
         result.chmod(0o600)
         result.rename(library)
+
+
+def _without(command: Sequence[str], flags: Sequence[str]) -> list[str]:
+    return [word for word in command if word not in flags]
 
 
 def _run(command: Sequence[str]) -> str:
