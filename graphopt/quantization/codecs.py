@@ -2,7 +2,7 @@
 layouts.
 
 Each codec is four functions (parameters, encode, decode, step) on float32 groups [N, G, B]. Scales that are
-stored in bfloat16 are rounded up, and offsets down, before codes are chosen, so that no weight falls outside
+stored in float16 are rounded up, and offsets down, before codes are chosen, so that no weight falls outside
 of its grid and the error never exceeds half a step.
 """
 
@@ -43,20 +43,20 @@ def from_nibbles(data: Tensor) -> Tensor:
     return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1)
 
 
-def bfloat16_up(value: Tensor) -> Tensor:
-    """The smallest bfloat16 that is not below a value >= 0."""
-    near = value.bfloat16()
-    above = (near.view(torch.int16) + 1).view(torch.bfloat16)
+def half_up(value: Tensor) -> Tensor:
+    """The smallest float16 that is not below a value >= 0."""
+    near = value.half()
+    above = (near.view(torch.int16) + 1).view(torch.float16)
     return torch.where(near.float() < value, above, near)
 
 
-def bfloat16_down(value: Tensor) -> Tensor:
-    """The largest bfloat16 that is not above a value of either sign."""
-    near = value.bfloat16()
+def half_down(value: Tensor) -> Tensor:
+    """The largest float16 that is not above a value of either sign."""
+    near = value.half()
     bits = near.view(torch.int16)
     # Behind a rounded-off 0 comes the denormal number with the bits 0x8001.
     below = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, -0x7FFF)).to(torch.int16)
-    return torch.where(near.float() > value, below.view(torch.bfloat16), near)
+    return torch.where(near.float() > value, below.view(torch.float16), near)
 
 
 def _divide(groups: Tensor, scale: Tensor) -> Tensor:
@@ -77,6 +77,10 @@ def _int8_parameters(groups: Tensor) -> list[Tensor]:
     return [_largest(groups) / 127]
 
 
+def _int8_half_parameters(groups: Tensor) -> list[Tensor]:
+    return [half_up(_largest(groups) / 127)]
+
+
 def _int8_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return _divide(groups, parameters[0]).round().clamp(-127, 127).to(torch.int8)
 
@@ -86,8 +90,8 @@ def _scaled(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _int4_parameters(groups: Tensor) -> list[Tensor]:
-    offset = bfloat16_down(groups.amin(-1))
-    return [bfloat16_up((groups.amax(-1) - offset.float()) / 15), offset]
+    offset = half_down(groups.amin(-1))
+    return [half_up((groups.amax(-1) - offset.float()) / 15), offset]
 
 
 def _int4_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -101,7 +105,7 @@ def _int4_decode(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _int4_symmetric_parameters(groups: Tensor) -> list[Tensor]:
-    return [bfloat16_up(torch.maximum(groups.amax(-1) / 7, -groups.amin(-1) / 8).clamp(min=0))]
+    return [half_up(torch.maximum(groups.amax(-1) / 7, -groups.amin(-1) / 8).clamp(min=0))]
 
 
 def _int4_symmetric_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -135,7 +139,7 @@ def _nearest(values: Sequence[float], scaled: Tensor) -> Tensor:
 
 
 def _nf4_parameters(groups: Tensor) -> list[Tensor]:
-    return [bfloat16_up(_largest(groups))]
+    return [half_up(_largest(groups))]
 
 
 def _nf4_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -192,6 +196,7 @@ def _mxfp4_step(parameters: Sequence[Tensor]) -> Tensor:
 
 
 INT8: Codec = (_int8_parameters, _int8_encode, _scaled, _half_scale)
+INT8_HALF: Codec = (_int8_half_parameters, _int8_encode, _scaled, _half_scale)
 INT4: Codec = (_int4_parameters, _int4_encode, _int4_decode, _half_scale)
 INT4_SYMMETRIC: Codec = (
     _int4_symmetric_parameters,

@@ -6,13 +6,14 @@ for. G is ceil(K / group). All tensors are contiguous and row-major, so that a k
 
     name             packed[0]               packed[1]          packed[2]          weight
     int8             int8 [N, K]             float32 [N]        -                  code * scale
-    int4-gB          uint8 [N, G * B / 2]    bfloat16 [N, G]    bfloat16 [N, G]    code * scale + offset
-    int4-gB-sym      uint8 [N, G * B / 2]    bfloat16 [N, G]    -                  (code - 8) * scale
+    int4-gB          uint8 [N, G * B / 2]    float16 [N, G]     float16 [N, G]     code * scale + offset
+    int4-gB-sym      uint8 [N, G * B / 2]    float16 [N, G]     -                  (code - 8) * scale
     fp8              float8_e4m3fn [N, K]    float32 [N]        -                  code * scale
-    nf4-gB           uint8 [N, G * B / 2]    bfloat16 [N, G]    -                  NF4[code] * scale
-    mxfp4            uint8 [N, G * 16]       uint8 [N, G]       -                  E2M1[code] * 2**(scale -
-    127) int8-dynamic     as int8; the input is rounded too: round(x / s) with s = max|x| / 127 of each row of
-    x fp8-dynamic      as fp8; the input is rounded to e4m3 with s = max|x| / 448 of each row of x
+    nf4-gB           uint8 [N, G * B / 2]    float16 [N, G]     -                  NF4[code] * scale
+    mxfp4            uint8 [N, G * 16]       uint8 [N, G]       -                  E2M1[code] * 2**(scale - 127)
+    int8-gB          int8 [N, G * B]         float16 [N, G]     -                  code * scale
+    int8-dynamic     as int8; x is rounded too: round(x / s) with s = max|x| / 127 of each of its rows
+    fp8-dynamic      as fp8; x is rounded to e4m3 with s = max|x| / 448 of each of its rows
 
 Four-bit codes: each run of 32 elements of a row takes 16 bytes; byte j holds element j in its low and element
 16 + j in its high nibble. Where K is no multiple of the group, the last group is filled with copies of the
@@ -26,7 +27,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -110,36 +110,41 @@ class Scheme:
         """Bytes of a packed weight [rows, columns]."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout(rows, columns))
 
+    def can_pack(self, weight: Tensor) -> bool:
+        """Whether all elements are finite, and small enough that scales and offsets are finite as they are stored."""
+        limit = 6e4 if torch.float16 in self.parameter_dtypes else 1e37
+        with _compat.real_execution():
+            low, high = weight.detach().aminmax()
+            return bool(-limit < low.item() and high.item() < limit)
+
     @property
     def parts(self) -> int:
         """How many tensors a packed weight is."""
         return 1 + len(self.parameter_dtypes)
 
 
-_NAME = re.compile(
-    r"(int8|fp8|mxfp4|int8-dynamic|fp8-dynamic)|(?:(int4)-g(32|64|128)(-sym)?)|(?:(nf4)-g(32|64|128))"
-)
+@functools.cache
+def named(name: str) -> Scheme:
+    """The scheme of a canonical name as in the table above ("int8", "int4-g32", "int4-g128-sym", "nf4-g64")."""
+    scheme = _by_name().get(name)
+    if scheme is None:
+        raise ValueError(f"no quantisation scheme {name!r}; there are {', '.join(_by_name())}")
+    return scheme
 
 
 @functools.cache
-def named(name: str) -> Scheme:
-    """The scheme of a canonical name as in the table above ("int8", "int4-g32", "int4-g128-sym",
-    "nf4-g64")."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"no quantisation scheme {name!r}")
-    plain, int4, int4_group, symmetric, nf4, nf4_group = match.groups()
-    if int4 and symmetric:
-        return Scheme(name, 4, int(int4_group), *codecs.INT4_SYMMETRIC, torch.uint8, (torch.bfloat16,))
-    if int4:
-        return Scheme(name, 4, int(int4_group), *codecs.INT4, torch.uint8, (torch.bfloat16, torch.bfloat16))
-    if nf4:
-        return Scheme(name, 4, int(nf4_group), *codecs.NF4, torch.uint8, (torch.bfloat16,))
-    if plain == "mxfp4":
-        return Scheme(name, 4, 32, *codecs.MXFP4, torch.uint8, (torch.uint8,))
-    kind, _, dynamic = plain.partition("-")
-    codec, dtype = (codecs.INT8, torch.int8) if kind == "int8" else (codecs.FP8, torch.float8_e4m3fn)
-    return Scheme(name, 8, 0, *codec, dtype, (torch.float32,), kind if dynamic else "")
+def _by_name() -> dict[str, Scheme]:
+    half, byte = torch.float16, torch.uint8
+    found = [Scheme("mxfp4", 4, 32, *codecs.MXFP4, byte, (byte,))]
+    for kind, codec, dtype in (("int8", codecs.INT8, torch.int8), ("fp8", codecs.FP8, torch.float8_e4m3fn)):
+        found.append(Scheme(kind, 8, 0, *codec, dtype, (torch.float32,)))
+        found.append(Scheme(f"{kind}-dynamic", 8, 0, *codec, dtype, (torch.float32,), kind))
+    for size in (32, 64, 128):
+        found.append(Scheme(f"int8-g{size}", 8, size, *codecs.INT8_HALF, torch.int8, (half,)))
+        found.append(Scheme(f"int4-g{size}", 4, size, *codecs.INT4, byte, (half, half)))
+        found.append(Scheme(f"int4-g{size}-sym", 4, size, *codecs.INT4_SYMMETRIC, byte, (half,)))
+        found.append(Scheme(f"nf4-g{size}", 4, size, *codecs.NF4, byte, (half,)))
+    return {scheme.name: scheme for scheme in found}
 
 
 def canonical(scheme: str, group_size: int | None = None, symmetric: bool = False) -> str:
@@ -156,11 +161,3 @@ def chosen(quantize: Quantize, *, lm_head: bool) -> Scheme | None:
     if lm_head and isinstance(quantize.lm_head, str):
         return named(canonical(quantize.lm_head))
     return named(canonical(quantize.scheme, quantize.group_size, quantize.symmetric))
-
-
-def is_packable(weight: Tensor) -> bool:
-    """Whether every element is finite and so far from float32's end that differences and scales are finite
-    too."""
-    with _compat.real_execution():
-        low, high = weight.detach().aminmax()
-        return bool(-1e37 < low.item() and high.item() < 1e37)

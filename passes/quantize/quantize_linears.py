@@ -70,8 +70,8 @@ def _why_not(weight: fx.Node, scheme: schemes.Scheme) -> str:
     if after >= before:
         return f"as {scheme.name} it would take {after} bytes instead of {before}"
     tensor = capture.weight_tensor(placeholder)
-    if tensor is not None and not schemes.is_packable(tensor):
-        return "the weight holds infinities, NaN or values beyond 1e37"
+    if tensor is not None and not scheme.can_pack(tensor):
+        return f"the weight holds infinities, NaN or values too large for {scheme.name}"
     return ""
 
 

@@ -21,7 +21,7 @@ def test_a_string_is_short_for_the_dataclass() -> None:
         ((8,), r"scheme=8\): allowed are 'int8'"),
         (("int4", 48), r"group_size=48\): allowed are 32, 64, 128"),
         (("int4", True), "group_size=True"),
-        (("int8", 32), "'int8' has no group size"),
+        (("fp8", 32), "'fp8' has no group size"),
         (("int8", None, True), "symmetric=True.*'int4'"),
         (("int4", None, 1), "symmetric=1.*True or False"),
         (("int8", None, False, "("), "not a regular expression"),
