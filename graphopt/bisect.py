@@ -121,7 +121,9 @@ def search(execute: Callable[[Mapping[str, str]], Result], *, compare_output: bo
             bisection.runs += 1
         changed = _changes(scratch / str(bad - 1), scratch / str(bad))
         if not changed:
-            raise BisectError(f"limit {bad} breaks the program but changes no graph: it does not give the same answer twice")
+            raise BisectError(
+                f"limit {bad} breaks the program but changes no graph: two runs do not give the same answer"
+            )
         culprits = dict.fromkeys(name for name, _ in changed)
         mending = [name for name in culprits if not bisection.is_bad(**{_DISABLE: _also_disabled(name)})]
         name = mending[0] if mending else next(iter(culprits))
@@ -150,7 +152,7 @@ def _reports(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _most_rewrites(folder: Path) -> int:
-    counts = [sum(made["rewrites"] for made in report["passes"]) for report in _reports(folder).values()]
+    counts = [sum(int(made["rewrites"]) for made in report["passes"]) for report in _reports(folder).values()]
     if not any(counts):
         raise BisectError(
             "graphopt made no rewrite in this program, or did not compile anything: does it call"
