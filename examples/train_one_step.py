@@ -1,12 +1,13 @@
 """Train through graphopt: forward and backward graphs are both optimised, and the losses are eager's."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 
-def losses(model: nn.Module, parameters: list[nn.Parameter]) -> list[float]:
+def losses(model: Callable[..., torch.Tensor], parameters: list[nn.Parameter]) -> list[float]:
     """The loss before each of three optimizer steps on a fixed batch."""
     generator = torch.Generator().manual_seed(1)
     inputs, targets = (

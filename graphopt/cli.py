@@ -23,7 +23,7 @@ _MODEL = typer.Option(help="smollm2, minilm, llama:HIDDENxLAYERS, or the path of
 
 @app.command()
 def demo(
-    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = "What is the capital of France?",
+    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = "Give me three tips for sleeping well.",
     tokens: Annotated[int, typer.Option(help="How many tokens to answer with and to compare.")] = 64,
     dtype: Annotated[str, _DTYPE] = "float32",
     systems: Annotated[str, typer.Option(help="What to compare, as in `graphopt bench`.")] = _SYSTEMS,
@@ -92,6 +92,19 @@ def explain(
         sys.stdout.write(report.to_json() + "\n")
     else:
         console.print(report)
+
+
+@app.command()
+def bisect(
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
+    output: Annotated[bool, typer.Option("--output", help="Wrong means: another output than without rewrites.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for one run; longer counts as wrong.")] = None,
+) -> None:
+    """Find the rewrite that breaks a program: `graphopt bisect -- python generate.py`."""
+    from graphopt import bisect as search
+
+    found = search.run(command, compare_output=output, timeout=timeout, progress=console.print)
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

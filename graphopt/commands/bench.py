@@ -68,9 +68,7 @@ def plan(
             raise OptionError(f"{name} must be at least 1, got {value}")
     if rounds < 2:
         raise OptionError("rounds must be at least 2, so that there is a spread")
-    return Plan(
-        find_model(model), parse_systems(systems), wanted, dtype, batch, lengths, checked, rounds, cold
-    )
+    return Plan(find_model(model), parse_systems(systems), wanted, dtype, batch, lengths, checked, rounds, cold)
 
 
 def run(plan: Plan, step: Step) -> BenchResult:

@@ -45,13 +45,9 @@ def _entry(function: Callable[..., int]) -> PassEntry:
 
 def pass_table() -> Table:
     """The passes as a table for the terminal."""
-    table = Table(
-        "stage", "pass", "exactness", "training", "what it does", title="passes, in the order they run"
-    )
+    table = Table("stage", "pass", "exactness", "training", "what it does", title="passes, in the order they run")
     for entry in entries():
-        table.add_row(
-            entry.stage, entry.name, entry.exactness, "yes" if entry.training else "no", entry.purpose
-        )
+        table.add_row(entry.stage, entry.name, entry.exactness, "yes" if entry.training else "no", entry.purpose)
     return table
 
 

@@ -37,10 +37,7 @@ def run(prompt: str, tokens: int, dtype: str, systems: str, console: Console) ->
                 worker.call("load", plan.source, dtype, worker.system)
                 ids = worker.call("chat", prompt)
             before = time.perf_counter()
-            with step(
-                f"{name}: first answer"
-                + (", compiling prefill and decode" if worker.system.arguments else "")
-            ):
+            with step(f"{name}: first answer" + (", compiling prefill and decode" if worker.system.arguments else "")):
                 spoken[name] = worker.call("answer", ids, tokens, False)
             started[name] = time.perf_counter() - before
             if worker is speaking:
@@ -54,13 +51,9 @@ def _speak(worker: Worker, ids: list[list[int]], prompt: str, tokens: int, conso
     console.print(f"\n[bold cyan]you[/]      {escape(prompt)}", highlight=False)
     console.print("[bold green]smollm2[/]  ", end="")
     started = time.perf_counter()
-    said = worker.call(
-        "answer", ids, tokens, True, heard=lambda text: console.out(text, end="", highlight=False)
-    )
+    said = worker.call("answer", ids, tokens, True, heard=lambda text: console.out(text, end="", highlight=False))
     seconds = time.perf_counter() - started
-    console.print(
-        f"\n[dim]{len(said)} tokens through model.generate in {seconds:.2f} s[/]\n", highlight=False
-    )
+    console.print(f"\n[dim]{len(said)} tokens through model.generate in {seconds:.2f} s[/]\n", highlight=False)
 
 
 def _compare(
@@ -94,10 +87,7 @@ def _print(
     table.add_row("peak memory, MiB", *(f"{row.peak_bytes / 2**20:.0f}" for row in prefill))
     table.add_row(
         "compile time, s",
-        *(
-            f"{started[row.system] - usual[row.system]:.1f}" if row.system in compiled else "-"
-            for row in decode
-        ),
+        *(f"{started[row.system] - usual[row.system]:.1f}" if row.system in compiled else "-" for row in decode),
     )
     table.add_row(
         f"{len(spoken[reference])} tokens equal to {reference}'s",
@@ -107,9 +97,7 @@ def _print(
 
 
 def _print_passes(work: Sequence[PassWork], console: Console) -> None:
-    table = Table(
-        "pass", "stage", "exactness", "rewrites", "nodes removed", "ms", title="what graphopt's passes did"
-    )
+    table = Table("pass", "stage", "exactness", "rewrites", "nodes removed", "ms", title="what graphopt's passes did")
     total: collections.Counter[str] = collections.Counter()
     for entry in work:
         total.update(rewrites=entry.rewrites, nodes=entry.nodes_removed)

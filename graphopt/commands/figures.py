@@ -155,9 +155,7 @@ def plot(results: Sequence[BenchResult], path: Path) -> None:
         axis.set_yticks(positions, [row.system for row in rows])
         axis.invert_yaxis()
         axis.margins(x=0.15)
-        axis.axvline(
-            result.costs[work].floor(result.limits), color="#e45756", linestyle="--", label="machine's floor"
-        )
+        axis.axvline(result.costs[work].floor(result.limits), color="#e45756", linestyle="--", label="machine's floor")
         axis.set_xlabel("ms a token" if work == "decode" else "ms")
         axis.set_title(f"{work}, {result.model}, {result.dtype}", fontsize=10)
         axis.legend(fontsize=8, loc="lower right")

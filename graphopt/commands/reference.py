@@ -1,4 +1,4 @@
-"""Write docs/reference/ and the README's pass table out of the code: `python -m graphopt.commands.reference`.
+"""Write docs/reference/ and the README's tables out of the code: `python -m graphopt.commands.reference`.
 
 Run it at the root of a checkout. A test compares the pages with what this module would write.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer.core
 import typer.main
@@ -82,9 +84,7 @@ def _command_line() -> str:
             default = "" if parameter.default in (None, False) else f"`{parameter.default}`"
             rows.append(f"| {shown} | {default} | {_cell(getattr(parameter, 'help', None) or '')} |")
         if rows:
-            parts.append(
-                "\n" + "\n".join(["| option | default | what it does |", "|---|---|---|", *rows]) + "\n"
-            )
+            parts.append("\n" + "\n".join(["| option | default | what it does |", "|---|---|---|", *rows]) + "\n")
     return "".join(parts)
 
 
@@ -101,10 +101,41 @@ def page(name: str) -> str:
     return _NOTE + PAGES[name]()
 
 
-def with_pass_table(readme: str) -> str:
-    """The README's text with the pass table brought up to date."""
-    table = f"<!-- passes -->\n{catalogue.markdown_rows()}<!-- /passes -->"
-    return re.sub(r"<!-- passes -->\n.*?<!-- /passes -->", lambda _: table, readme, flags=re.DOTALL)
+def readme(text: str, measured: Sequence[Mapping[str, Any]]) -> str:
+    """The README's text with its tables brought up to date. measured: what `graphopt bench --json` wrote, parsed."""
+    for name, rows in (("passes", catalogue.markdown_rows()), ("measured", _measured_rows(measured))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + rows + end + rest.partition(end)[2] if rest else text
+    return text
+
+
+def read_measured(root: Path) -> list[dict[str, Any]]:
+    """The benchmark results that are kept in docs/measured/, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted((root / "docs" / "measured").glob("*.json"))]
+
+
+def _measured_rows(results: Sequence[Mapping[str, Any]]) -> str:
+    """Medians as a Markdown table: a row for each work of each result, a column for each system."""
+    if not results:
+        return ""
+    systems = list(dict.fromkeys(entry["system"] for result in results for entry in result["figures"]))
+    lines = ["| model, work | dtype | " + " | ".join(systems) + " |", "|---|---|" + "---:|" * len(systems)]
+    for result in results:
+        for work in result["costs"]:
+            cells = {entry["system"]: _measured_cell(entry) for entry in result["figures"] if entry["work"] == work}
+            unit = "ms a token" if work == "decode" else "ms"
+            row = [f"{result['model']}, {work}, batch {result['batch']} ({unit})", result["dtype"]]
+            lines.append("| " + " | ".join(row + [cells.get(system, "") for system in systems]) + " |")
+    machines = dict.fromkeys(
+        f"{result['machine']}, {result['limits']['threads']} threads, torch {result['versions']['torch']}"
+        for result in results
+    )
+    return "\n".join([*lines, "", "Measured on " + "; ".join(machines) + "."]) + "\n"
+
+
+def _measured_cell(entry: Mapping[str, Any]) -> str:
+    return f"{entry['median']:.1f}, {entry['peak_bytes'] / 2**20:.0f} MiB"
 
 
 def _cell(text: str) -> str:
@@ -114,5 +145,5 @@ def _cell(text: str) -> str:
 if __name__ == "__main__":
     for name in PAGES:
         Path("docs", "reference", f"{name}.md").write_text(page(name))
-    readme = Path("README.md")
-    readme.write_text(with_pass_table(readme.read_text()))
+    path = Path("README.md")
+    path.write_text(readme(path.read_text(), read_measured(Path())))

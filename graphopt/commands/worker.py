@@ -67,9 +67,7 @@ class Worker:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = self._process.wait()
             lines = Path(self._log.name).read_text(errors="replace").splitlines()[-20:]
-            raise WorkerError(
-                f"{self.system.name} died in {name} (exit code {code}):\n" + "\n".join(lines)
-            ) from None
+            raise WorkerError(f"{self.system.name} died in {name} (exit code {code}):\n" + "\n".join(lines)) from None
 
     def close(self) -> None:
         """End the process."""
@@ -88,9 +86,7 @@ def workers(systems: list[System], cold: bool) -> Iterator[list[Worker]]:
     with contextlib.ExitStack() as stack:
         started = []
         for system in systems:
-            caches = (
-                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-"))) if cold else None
-            )
+            caches = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-"))) if cold else None
             worker = Worker(system, caches)
             stack.callback(worker.close)
             started.append(worker)

@@ -250,11 +250,7 @@ def _flops(model: Any, batch: int, queries: int, keys: float, head_rows: int) ->
     """Operations of the linear layers and of attention; `head_rows` rows of each text go through the head."""
     head, config = model.get_output_embeddings(), model.config
     head_size = head.weight.numel() if head is not None else 0
-    layers = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
+    layers = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     body = sum(weight.numel() for weight in layers)
     attention = 2 * config.num_hidden_layers * config.hidden_size * queries * keys
     return 2.0 * float(batch * (body * queries + head_size * head_rows + attention))
