@@ -47,21 +47,35 @@ def operations() -> tuple[torch._ops.OpOverload, ...]:
     return tuple(_meanings)
 
 
-@operation("(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@operation("(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", _linear_shape)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N]: [..., N], in the dtype of x."""
     return F.linear(x, weight, bias)
 
 
-@operation("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+def _parallel_shape(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [_linear_shape(x, weight) for weight in weights]
+
+
+@operation("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", _parallel_shape)
 def parallel_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Several linears of one input x [..., K]: one result [..., N_i] for each weight [N_i, K]."""
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **how: object) -> Tensor:
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
+
+
 @operation(
     "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool is_causal=False, float scale,"
-    " float softcap=0., int window=0) -> Tensor"
+    " float softcap=0., int window=0) -> Tensor",
+    _attention_shape,
 )
 def attention(
     q: Tensor,

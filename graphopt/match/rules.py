@@ -149,8 +149,10 @@ class _Finder:
             if traced is None:
                 continue
             exact = search.Search(traced, {}, bound, failure).results(anchor)
-            if exact is None:
+            if exact is None and failure.by_reading:
                 continue
+            if exact is None:
+                return failure
             state, results = exact
             inside = frozenset(state.passed | {anchor}) - set(results)
             match = Match(rule.pattern, values, tuple(results), inside)

@@ -38,17 +38,24 @@ COMMUTATIVE = frozenset(
 
 @dataclasses.dataclass
 class Failure:
-    """How far a search came: matched computations of the pattern, and what stopped it where."""
+    """How far a search came: matched computations of the pattern, and what stopped it where.
+
+    by_reading: whether it might come further if the holes stood for other nodes.
+    """
 
     matched: int = -1
     pattern_node: fx.Node | None = None
     node: fx.Node | None = None
     reason: str = ""
+    by_reading: bool = True
 
-    def note(self, matched: int, pattern_node: fx.Node, node: fx.Node, reason: str) -> None:
+    def note(
+        self, matched: int, pattern_node: fx.Node, node: fx.Node, reason: str, *, by_reading: bool = False
+    ) -> None:
         """Keep the deepest failure; of equally deep ones the first."""
         if matched > self.matched:
             self.matched, self.pattern_node, self.node, self.reason = matched, pattern_node, node, reason
+            self.by_reading = by_reading
 
 
 @dataclasses.dataclass
@@ -126,14 +133,15 @@ class Search:
             return self._propose(wanted_path, path, state)
         if self.bindings is not None and (wanted_path.layout, wanted_path.casts) != (path.layout, path.casts):
             reason = f"expected {wanted_path.describe()} on the way, found {path.describe()}"
-            self.failure.note(len(state.pairs), wanted, node, reason)
+            by_reading = wanted_path.base in self.traced.holes or wanted_path.casts == path.casts
+            self.failure.note(len(state.pairs), wanted, node, reason, by_reading=by_reading)
             return None
         if wanted_path.base in self.traced.holes:
             name = self.traced.holes[wanted_path.base]
             assert self.bindings is not None
             if path.base is not self.bindings[name]:
                 expected = f"expected {name} (%{self.bindings[name].name}), found %{path.base.name}"
-                self.failure.note(len(state.pairs), wanted, node, expected)
+                self.failure.note(len(state.pairs), wanted, node, expected, by_reading=True)
                 return None
             return state
         matched = self.compute(wanted_path.base, path.base, state)
@@ -154,7 +162,8 @@ class Search:
         if not reason and len(theirs) != len(ours):
             reason = f"{_name(node)} has {len(ours)} tensor operands, expected {len(theirs)}"
         if reason:
-            self.failure.note(len(state.pairs), wanted, node, reason)
+            by_reading = reason.startswith("expected a result")
+            self.failure.note(len(state.pairs), wanted, node, reason, by_reading=by_reading)
             return None
         state.pairs[wanted] = node
         for order in _orders(wanted, ours):
