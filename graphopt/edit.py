@@ -172,6 +172,8 @@ class Rewrite:
         if not isinstance(mine, torch.Tensor) or not shapes.difference(wanted, mine).startswith("stride"):
             return new
         order = shapes.memory_order(wanted)
+        if order == list(range(len(order))):
+            return self.call(aten.clone.default, new, **_DENSE)
         dense = self.call(aten.clone.default, self.call(aten.permute.default, new, order), **_DENSE)
         return self.call(aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
 

@@ -17,11 +17,16 @@ from graphopt.passes.kv_cache.start_with_room import start_with_room
 from graphopt.options import Options
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_linears import quantize_linears
+from graphopt.passes.recognize.drop_relayouts import drop_relayouts
 from graphopt.passes.recognize.recognize_attention import recognize_attention
 from graphopt.passes.recognize.recognize_linear import recognize_linear
 from graphopt.passes.recognize.recognize_rms_norm import recognize_rms_norm
 from graphopt.passes.recognize.recognize_rope import recognize_rope
+from graphopt.passes.recognize.slice_before_linear import slice_before_linear
 from graphopt.pipeline import describe
+from graphopt.quantization import rounding
+from graphopt.quantization.calibration import Calibration
+from graphopt.quantize_options import Quantize
 
 PIPELINE: tuple[Callable[..., int], ...] = (
     # kv_cache, first half: runs before a copy is known to do nothing
@@ -33,9 +38,11 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     merge_common_nodes,
     # recognize: write what passes reason about as one dialect operation each
     recognize_attention,
+    drop_relayouts,
     recognize_rope,
     recognize_rms_norm,
     recognize_linear,
+    slice_before_linear,
     # kv_cache: no cache is copied for a new token
     append_in_place,
     # fuse: fewer bytes
@@ -45,9 +52,12 @@ PIPELINE: tuple[Callable[..., int], ...] = (
 
 def lossy(options: Options) -> tuple[Callable[..., int], ...]:
     """The passes that change answers, bound to what the options ask for; none unless they ask by name."""
-    if options.quantize is None:
+    quantize = Quantize.parse(options.quantize)
+    if quantize is None:
         return ()
-    return (_bound(quantize_linears, quantize=options.quantize), merge_quantized_linears)
+    if isinstance(quantize.calibration, Calibration):
+        rounding.register(quantize.calibration)
+    return (_bound(quantize_linears, quantize=quantize), merge_quantized_linears)
 
 
 def _bound(function: Callable[..., int], **keywords: Any) -> Callable[..., int]:

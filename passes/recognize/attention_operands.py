@@ -16,13 +16,21 @@ aten = torch.ops.aten
 
 def ungrouped(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Keys and values [B, Hkv, T, D] before each head was repeated for a group of query heads, if both were."""
-    k, v = views.original(k), views.original(v)
+    k, v = laid_out_anyhow(k), laid_out_anyhow(v)
     fewer_k, fewer_v = _before_repetition(k), _before_repetition(v)
     if fewer_k is None or fewer_v is None:
         return k, v
     if not shapes.same(fewer_k.meta["val"].shape[1], fewer_v.meta["val"].shape[1]):
         return k, v
-    return views.original(fewer_k), views.original(fewer_v)
+    return laid_out_anyhow(fewer_k), laid_out_anyhow(fewer_v)
+
+
+def laid_out_anyhow(node: fx.Node) -> fx.Node:
+    """The same values without the copies that only bring them into order: attention takes any strides."""
+    node = views.original(node)
+    while node.target is aten.clone.default:
+        node = views.original(views.source(node))
+    return node
 
 
 def _before_repetition(node: fx.Node) -> fx.Node | None:

@@ -22,7 +22,12 @@ from torch import Tensor, fx
 
 from graphopt import edit, match, ops
 from graphopt.match.arguments import everything
-from graphopt.passes.recognize.attention_operands import is_finite_mask, simplest_mask, ungrouped
+from graphopt.passes.recognize.attention_operands import (
+    is_finite_mask,
+    laid_out_anyhow,
+    simplest_mask,
+    ungrouped,
+)
 from graphopt.pipeline import graph_pass
 
 aten = torch.ops.aten
@@ -66,9 +71,8 @@ def _replace_fused(graph_module: fx.GraphModule, node: fx.Node) -> int:
     with edit.rewriting(graph_module, node) as rewrite:
         scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
         k, v = ungrouped(k, v)
-        new = rewrite.call(
-            ops.attention, q, k, v, simplest_mask(mask), is_causal=bool(given.get("is_causal")), scale=scale
-        )
+        operands = laid_out_anyhow(q), k, v, simplest_mask(mask)
+        new = rewrite.call(ops.attention, *operands, is_causal=bool(given.get("is_causal")), scale=scale)
         for user in node.users:
             if user.target is operator.getitem and user.args[1] == 0:
                 rewrite.replace(user, rewrite.like(new, user))
@@ -78,7 +82,7 @@ def _replace_fused(graph_module: fx.GraphModule, node: fx.Node) -> int:
 def _simplify(graph_module: fx.GraphModule, node: fx.Node) -> int:
     """Read keys, values and mask of an attention from where they come from."""
     q, k, v, mask = (*node.args, None)[:4]
-    simple = (q, *ungrouped(k, v), simplest_mask(mask))
+    simple = (laid_out_anyhow(q), *ungrouped(k, v), simplest_mask(mask))
     if simple == (q, k, v, mask):
         return 0
     with edit.rewriting(graph_module, node) as rewrite:
