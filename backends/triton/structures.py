@@ -221,9 +221,7 @@ def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
         text = _as(value, dtype)
         chosen = Value(text, dtype, value.uses) if chosen is None else e.settle(
             f"tl.where({test}, {text}, {chosen.text})", dtype, chosen.uses | value.uses | uses)
-    if chosen is None:
-        raise Unsupported("a cat of empty tensors")
-    return chosen
+    return chosen or Value(_as(Value("0", torch.int64), dtype), dtype)
 
 
 def _pad(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:

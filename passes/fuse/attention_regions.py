@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 import graphopt.ops  # noqa: F401  (registers the dialect)
 from graphopt.passes.fuse.groups import Groups
@@ -17,6 +17,19 @@ ATTENTIONS: frozenset[Any] = frozenset({
     torch.ops.graphopt.attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten.scaled_dot_product_attention.default,
 })
+
+
+def erase_unread(graph: Graph) -> None:
+    """Erase attention that nothing reads: torch counts it as random, but without dropout it draws nothing."""
+    for node in reversed(list(graph.nodes)):
+        if node.target in ATTENTIONS and not node.users and _has_no_dropout(node):
+            graph.erase_node(node)
+
+
+def _has_no_dropout(node: Node) -> bool:
+    place = 4 if node.target == aten.scaled_dot_product_attention.default else 3
+    dropout = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
+    return node.target == torch.ops.graphopt.attention.default or dropout == 0.0
 
 
 def form_attention(groups: Groups, node: Node) -> None:

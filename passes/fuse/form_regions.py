@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from graphopt import edit
+from graphopt.passes.fuse.attention_regions import ATTENTIONS, erase_unread, form_attention
 from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues, absorb_readers
-from graphopt.passes.fuse.attention_regions import ATTENTIONS, form_attention
 from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
@@ -39,6 +40,8 @@ LARGEST = 200
 @graph_pass(exactness="rounding", stage="fuse", training=False)
 def form_regions(graph_module: GraphModule) -> int:
     """Replace fusable parts of the graph by `call_module` regions; returns how many regions were made."""
+    edit.eliminate_dead_code(graph_module)
+    erase_unread(graph_module.graph)
     expand_rows(graph_module)
     groups = Groups(graph_module.graph)
     for node in graph_module.graph.nodes:

@@ -130,7 +130,7 @@ def test_a_bert_layer_is_seven_kernels() -> None:
 def test_equal_layers_share_their_kernels() -> None:
     ids = torch.randint(0, 99, (1, 5))
     counts = []
-    for layers in (3, 5):
+    for layers in (2, 3):
         _, compiled = run(logits(DECODERS["Llama"](layers)), ids, prepare=optimize)
         counts.append(len(compiled[0].kernels))
     assert counts[0] == counts[1]

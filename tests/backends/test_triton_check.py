@@ -1,0 +1,64 @@
+"""Generated kernels compile for GPUs that are not there, without spills."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from graphopt.backends.triton.check import TARGETS, Resources, resources
+from graphopt.passes.fuse.form_regions import form_regions
+from tests.backends.graphs import run
+from tests.backends.test_triton_matmul import fuse
+from tests.backends.test_triton_models import DECODERS, bert, gpt2, logits, optimize
+from tests.backends.test_triton_rows import rms_norm
+
+bf16 = torch.bfloat16
+
+
+def kernels(function: Any, *inputs: Any, prepare: Any = form_regions) -> list[Any]:
+    _, compiled = run(function, *inputs, prepare=prepare)
+    return list(compiled[0].kernels.values())
+
+
+CASES = {
+    "norm": lambda: kernels(rms_norm, torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)),
+    "long softmax": lambda: kernels(lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1), torch.randn(2, 9000)),
+    "linear": lambda: kernels(lambda x, w: F.gelu(F.linear(x, w)), torch.randn(256, 256).to(bf16),
+                              torch.randn(256, 256).to(bf16), prepare=fuse),
+    "one row": lambda: kernels(lambda x, w: F.linear(x, w), torch.randn(1, 512).to(bf16),
+                               torch.randn(64, 512).to(bf16), prepare=fuse),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_fit(case: str, target: str) -> None:
+    for kernel in CASES[case]():
+        found = resources(kernel, target)
+        assert found.fits, found
+        assert 0 < found.occupancy <= 1 and found.registers > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [*DECODERS, "bert", "gpt2"])
+def test_kernels_of_the_model_zoo_fit(name: str, target: str) -> None:
+    model = (bert(1) if name == "bert" else gpt2(1) if name == "gpt2" else DECODERS[name](1)).to(bf16)
+    ids = torch.randint(0, 99, (1, 6))
+    call = logits(model) if name != "bert" else lambda x: model(x).last_hidden_state
+    for kernel in kernels(call, ids, prepare=optimize):
+        assert resources(kernel, target).fits, (kernel.kind, resources(kernel, target))
+
+
+def test_an_unknown_target_is_refused_by_name() -> None:
+    kernel = CASES["norm"]()[0]
+    with pytest.raises(ValueError, match="unknown target 'sm_75': it must be one of sm_80"):
+        resources(kernel, "sm_75")
+
+
+def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
+    assert not Resources("sm_90", 255, 8, 0, 128).fits
+    assert not Resources("gfx942", 64, 0, 65 * 1024, 256).fits
