@@ -6,7 +6,22 @@ from graphopt.errors import GraphoptError, OptionError
 from graphopt.explanation import explain
 from graphopt.options import Options
 from graphopt.pipeline import graph_pass
+from graphopt.quantization.calibration import Calibration, calibrate
+from graphopt.quantization.plan import Plan, plan
 from graphopt.quantize_options import Quantize
 from graphopt.report import Report, counters
 
-__all__ = ["GraphoptError", "OptionError", "Options", "Quantize", "Report", "counters", "explain", "graph_pass"]
+__all__ = [
+    "Calibration",
+    "GraphoptError",
+    "OptionError",
+    "Options",
+    "Plan",
+    "Quantize",
+    "Report",
+    "calibrate",
+    "counters",
+    "explain",
+    "graph_pass",
+    "plan",
+]

@@ -17,6 +17,7 @@ from graphopt.capture import GraphInfo, capture
 from graphopt.dump import Dump
 from graphopt.errors import GraphoptError, LoweringError
 from graphopt.options import Options
+from graphopt.quantize_options import depends_on_values
 from graphopt.runtime import artifact, cache
 from graphopt.verify import Checker
 
@@ -111,7 +112,7 @@ def _checker(options: Options) -> Checker | None:
 def _may_reuse(options: Options) -> bool:
     """Whether a stored artifact may stand in for running the passes: not when the user watches or extends them."""
     watched = options.dump or options.debug or options.verify != "off" or report.is_collecting()
-    return not (watched or options.passes)
+    return not (watched or options.passes or depends_on_values(options.quantize))
 
 
 def _cache_key(options: Options) -> str:

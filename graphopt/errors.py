@@ -31,3 +31,7 @@ class CacheError(GraphoptError):
 
 class WeightsReleasedError(GraphoptError):
     """A full-precision weight was used after it had been released on the user's request."""
+
+
+class StoredFileError(GraphoptError):
+    """A file that graphopt should have written is damaged, cut short, or was written by something else."""

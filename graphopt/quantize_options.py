@@ -9,13 +9,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from graphopt.errors import OptionError
 
+ROUNDINGS = ("nearest", "gptq", "awq", "smoothquant")
 SCHEMES = ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
 GROUP_SIZES = {"int8": (32, 64, 128), "int4": (32, 64, 128), "nf4": (32, 64, 128)}
 DEFAULT_GROUP_SIZE = {"int4": 32, "nf4": 64}
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """What options need to know of a `graphopt.Calibration`: its digest tells two of them apart."""
+
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,14 @@ class Quantize:
     embeddings: whether tables that are only looked up in are quantised too. A table that is also the weight
         of a linear (tied) has one pack for both uses.
     lm_head: False leaves the linear that scores the vocabulary as it is; a scheme ("int8") gives it its own.
+    calibration: what `graphopt.calibrate` returned. rounding: "nearest", or, with a calibration, "gptq",
+        "awq" or
+        "smoothquant" (for the dynamic schemes). Weights that the calibration has not seen get the nearest
+        codes.
+    max_error: for scheme "auto", which gives each weight the scheme that needs the fewest bytes in all while
+        the root mean square of the relative errors of the layers' outputs (without a calibration: of the
+        weights) stays below it; sensitive weights stay as they are.
+    assigned: scheme by weight name, as `graphopt.plan` chose them ("" leaves a weight as it is).
     """
 
     scheme: str
@@ -46,15 +63,18 @@ class Quantize:
     skip: str | None = None
     embeddings: bool = False
     lm_head: bool | str = True
+    calibration: Calibrated | None = None
+    rounding: str = "nearest"
+    max_error: float | None = None
+    assigned: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("scheme", self.scheme, SCHEMES)
+        _one_of("scheme", self.scheme, (*SCHEMES, "auto"))
         if self.group_size is not None:
             allowed = GROUP_SIZES.get(self.scheme, ())
             if not allowed:
                 raise OptionError(
-                    f"Quantize(group_size={self.group_size!r}): scheme {self.scheme!r} has no group size;"
-                    " leave it out"
+                    f"Quantize(group_size={self.group_size!r}): scheme {self.scheme!r} has no group size; leave it out"
                 )
             _one_of("group_size", self.group_size, allowed)
         for name in ("symmetric", "embeddings"):
@@ -65,6 +85,26 @@ class Quantize:
             _pattern(name, getattr(self, name))
         if not isinstance(self.lm_head, bool):
             _one_of("lm_head", self.lm_head, SCHEMES, "True, False, ")
+        if self.calibration is not None and not isinstance(self.calibration, Calibrated):
+            raise OptionError(
+                f"Quantize(calibration={self.calibration!r}) must be what graphopt.calibrate(...) returns"
+            )
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        if self.rounding != "nearest" and self.calibration is None:
+            raise OptionError(
+                f"Quantize(rounding={self.rounding!r}) needs calibration=graphopt.calibrate(model, inputs)"
+            )
+        if self.rounding == "smoothquant" and not self.scheme.endswith("-dynamic"):
+            raise OptionError(
+                f"Quantize(rounding='smoothquant') is for schemes that round the input too, not {self.scheme!r}"
+            )
+        if (self.scheme == "auto") != (self.max_error is not None):
+            raise OptionError(
+                "Quantize('auto', max_error=...) takes both or neither; got"
+                f" scheme={self.scheme!r}, max_error={self.max_error!r}"
+            )
+        if self.max_error is not None and not (isinstance(self.max_error, (int, float)) and 0 < self.max_error < 1):
+            raise OptionError(f"Quantize(max_error={self.max_error!r}) must be a number between 0 and 1")
 
     @classmethod
     def parse(cls, given: object) -> Quantize | None:
@@ -87,14 +127,18 @@ class Quantize:
         return ""
 
 
+def depends_on_values(given: object) -> bool:
+    """Whether the option `quantize` lets the weights' values decide about schemes, so that no other weights
+    may reuse it."""
+    return isinstance(given, Quantize) and given.scheme == "auto" and not given.assigned
+
+
 def _one_of(name: str, given: object, allowed: tuple[Any, ...], before: str = "") -> None:
     # `in` alone would let True pass for 1.
     if not any(type(given) is type(value) and given == value for value in allowed):
         near = difflib.get_close_matches(str(given), [str(value) for value in allowed], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near and isinstance(given, str) else ""
-        raise OptionError(
-            f"Quantize({name}={given!r}){hint}: allowed are {before}{', '.join(map(repr, allowed))}"
-        )
+        raise OptionError(f"Quantize({name}={given!r}){hint}: allowed are {before}{', '.join(map(repr, allowed))}")
 
 
 def _boolean(name: str, given: object) -> None:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from graphopt.options import Options
 from graphopt.passes.canonicalize.fold_constants import fold_constants
 from graphopt.passes.canonicalize.merge_common_nodes import merge_common_nodes
 from graphopt.passes.canonicalize.remove_noops import remove_noops
@@ -14,7 +15,6 @@ from graphopt.passes.canonicalize.simplify_shapes import simplify_shapes
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.start_with_room import start_with_room
-from graphopt.options import Options
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_linears import quantize_linears
 from graphopt.passes.recognize.drop_relayouts import drop_relayouts

@@ -165,8 +165,7 @@ def _mxfp4_parameters(groups: Tensor) -> list[Tensor]:
     narrow = (exponent - 3 + 127).clamp(0, 254)
     wide = (narrow + 1).clamp(max=254)
     errors = [
-        (groups - _mxfp4_decode(_mxfp4_encode(groups, [tried]), [tried])).square().sum(-1)
-        for tried in (narrow, wide)
+        (groups - _mxfp4_decode(_mxfp4_encode(groups, [tried]), [tried])).square().sum(-1) for tried in (narrow, wide)
     ]
     best = torch.where(errors[1] < errors[0], wide, narrow)
     return [torch.where(torch.isfinite(largest), best, 255).to(torch.uint8)]

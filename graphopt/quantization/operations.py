@@ -15,21 +15,27 @@ from torch import Tensor
 
 from graphopt.ops import operation
 from graphopt.quantization import codecs, schemes
+from graphopt.quantization import rounding as rounding_methods
 
 
-def _packed_shape(weight: Tensor, scheme: str, *, transposed: bool = False) -> list[Tensor]:
+def _packed_shape(
+    weight: Tensor, scheme: str, scale: Tensor | None = None, *, transposed: bool = False, rounding: str = ""
+) -> list[Tensor]:
     rows, columns = reversed(weight.shape) if transposed else weight.shape
     layout = schemes.named(scheme).layout(rows, columns)
     return [weight.new_empty(shape, dtype=dtype) for shape, dtype in layout]
+
+
+def _scales_shape(weights: Sequence[Tensor], scheme: str, rounding: str, *, transposed: bool = False) -> list[Tensor]:
+    columns = weights[0].shape[0 if transposed else 1]
+    return [weights[0].new_empty((columns,), dtype=torch.float32) for _ in range(2)]
 
 
 def _linear_shape(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, scheme: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed[0].shape[0]))
 
 
-def _parallel_shape(
-    x: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor | None], scheme: str
-) -> list[Tensor]:
+def _parallel_shape(x: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor | None], scheme: str) -> list[Tensor]:
     return [_linear_shape(x, [data], None, scheme) for data in packed[:: schemes.named(scheme).parts]]
 
 
@@ -39,10 +45,37 @@ def _embedding_shape(
     return indices.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-@operation("(Tensor weight, str scheme, *, bool transposed=False) -> Tensor[]", _packed_shape)
-def quantize_weight(weight: Tensor, scheme: str, *, transposed: bool = False) -> list[Tensor]:
-    """The packed tensors of a weight [N, K], or, transposed, of one that is kept as [K, N]."""
-    return schemes.named(scheme).pack(weight.t() if transposed else weight)
+@operation(
+    "(Tensor weight, str scheme, Tensor? scale=None, *, bool transposed=False, str rounding='') -> Tensor[]",
+    _packed_shape,
+)
+def quantize_weight(
+    weight: Tensor, scheme: str, scale: Tensor | None = None, *, transposed: bool = False, rounding: str = ""
+) -> list[Tensor]:
+    """The packed tensors of a weight [N, K], or, transposed, of one that is kept as [K, N].
+
+    scale: float32 [K], multiplied into the input channels first. rounding: "" takes the nearest codes;
+        "gptq:..."
+    those that suit the inputs named by the rest of the text (`rounding.spell`).
+    """
+    weight = weight.t() if transposed else weight
+    if scale is not None:
+        weight = weight.float() * scale
+    if rounding:
+        return rounding_methods.gptq(weight, schemes.named(scheme), rounding_methods.inputs_of(rounding))
+    return schemes.named(scheme).pack(weight)
+
+
+@operation("(Tensor[] weights, str scheme, str rounding, *, bool transposed=False) -> Tensor[]", _scales_shape)
+def input_scales(weights: Sequence[Tensor], scheme: str, rounding: str, *, transposed: bool = False) -> list[Tensor]:
+    """What to multiply the channels of weights [N_i, K] of one input by, and the input by: both float32 [K].
+
+    rounding: "awq:..." or "smoothquant:...", then the inputs (`rounding.spell`).
+    """
+    turned = [weight.t() if transposed else weight for weight in weights]
+    method = rounding.partition(":")[0]
+    scale = rounding_methods.channel_scale(turned, schemes.named(scheme), rounding_methods.inputs_of(rounding), method)
+    return [scale, 1 / scale]
 
 
 @operation("(Tensor x, Tensor[] packed, Tensor? bias, str scheme) -> Tensor", _linear_shape)
@@ -81,9 +114,7 @@ def parallel_quantized_linear(
     ]
 
 
-@operation(
-    "(Tensor indices, Tensor[] packed, int columns, ScalarType dtype, str scheme) -> Tensor", _embedding_shape
-)
+@operation("(Tensor indices, Tensor[] packed, int columns, ScalarType dtype, str scheme) -> Tensor", _embedding_shape)
 def quantized_embedding(
     indices: Tensor, packed: Sequence[Tensor], columns: int, dtype: torch.dtype, scheme: str
 ) -> Tensor:

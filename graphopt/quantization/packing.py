@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphopt.quantization import operations, schemes
+from graphopt.quantization import operations
 from graphopt.runtime import packs, prologue
 
 
 @prologue.call_time(operations.quantize_weight)
 @packs.packed
-def pack_weight(weight: Tensor, scheme: str, *, transposed: bool = False) -> list[Tensor]:
-    """The packed tensors of a weight, kept under the guard of `runtime.packs`."""
-    return schemes.named(scheme).pack(weight.detach().t() if transposed else weight.detach())
+def pack_weight(
+    weight: Tensor, scheme: str, scale: Tensor | None = None, *, transposed: bool = False, rounding: str = ""
+) -> list[Tensor]:
+    """`graphopt.quantize_weight` under the guard of `runtime.packs`."""
+    packed: list[Tensor] = operations.quantize_weight(
+        weight.detach(), scheme, scale, transposed=transposed, rounding=rounding
+    )
+    return packed
+
+
+@prologue.call_time(operations.input_scales)
+@packs.packed
+def pack_scales(weights: list[Tensor], scheme: str, rounding: str, *, transposed: bool = False) -> list[Tensor]:
+    """`graphopt.input_scales` under the guard of `runtime.packs`."""
+    detached = [weight.detach() for weight in weights]
+    scales: list[Tensor] = operations.input_scales(detached, scheme, rounding, transposed=transposed)
+    return scales

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from graphopt import _compat
 from graphopt.quantization import codecs
-from graphopt.quantize_options import DEFAULT_GROUP_SIZE, Quantize
+from graphopt.quantize_options import DEFAULT_GROUP_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +151,3 @@ def canonical(scheme: str, group_size: int | None = None, symmetric: bool = Fals
     """The canonical name of a user's scheme: "int4" with its default group is "int4-g32"."""
     group = group_size or DEFAULT_GROUP_SIZE.get(scheme)
     return scheme + (f"-g{group}" if group else "") + ("-sym" if symmetric else "")
-
-
-def chosen(quantize: Quantize, *, lm_head: bool) -> Scheme | None:
-    """The scheme that the options give to a weight; None if it stays as it is. lm_head: whether it is the
-    head's."""
-    if lm_head and quantize.lm_head is False:
-        return None
-    if lm_head and isinstance(quantize.lm_head, str):
-        return named(canonical(quantize.lm_head))
-    return named(canonical(quantize.scheme, quantize.group_size, quantize.symmetric))

@@ -7,21 +7,24 @@ becomes
 
 The weight stays an input of the graph: it is packed at the first call and again when it has changed. Left
 alone are weights that are computed in the graph, that hold an infinity or NaN, or that would not become
-smaller; a table that is also looked up in (tied embedding) is quantised here only for the linear, which has
-the effect of a second copy.
+smaller; a table that is also looked up in (tied embedding) is quantised here for the linear only. With AWQ or
+SmoothQuant, linears that read one input share one scale for its channels, so that they can still be merged.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt import capture, edit, ops, views
 from graphopt.pipeline import graph_pass
-from graphopt.quantization import operations, schemes
+from graphopt.quantization import operations, plan, rounding
 from graphopt.quantization.names import weight_name
+from graphopt.quantization.schemes import Scheme
 from graphopt.quantize_options import Quantize
 
 aten = torch.ops.aten
@@ -33,27 +36,43 @@ def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
     """Replace `graphopt.linear` by `graphopt.quantized_linear` where the options ask for it."""
     linears = [node for node in graph_module.graph.nodes if node.target is ops.linear]
     heads = _lm_heads(graph_module, linears)
-    count = 0
+    assigned = dict(quantize.assigned)
+    if quantize.scheme == "auto" and not assigned:
+        assigned = dict(plan.plan_weights(_weights(linears, heads), quantize).quantize.assigned)
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in linears:
-        weight = node.args[1]
-        placeholder = views.root(weight)
-        name = weight_name(placeholder.meta.get("source", ""))
-        scheme = schemes.chosen(quantize, lm_head=node in heads)
-        reason = quantize.wants(name)
-        if not reason and scheme is None:
-            reason = "lm_head=False leaves the linear that scores the vocabulary as it is"
-        if reason or scheme is None:
-            edit.refuse(node, f"{name}: {reason}")
-            continue
-        reason = _why_not(weight, scheme)
-        if reason:
+        name = _name(node)
+        scheme, reason = plan.choose(quantize, name, node in heads, assigned)
+        reason = reason or _why_not(node.args[1], scheme)
+        if scheme is None or reason:
             edit.refuse(node, f"{name}: {reason}" if name else reason)
             continue
-        count += _rewrite(graph_module, node, scheme)
-    return count
+        calibrated = plan.inputs_for(quantize, name) is not None
+        if quantize.rounding != "nearest" and not calibrated:
+            edit.refuse(node, f"{name}: the calibration has not seen it, so it gets the nearest codes")
+        shares = (
+            calibrated and quantize.rounding in rounding.SCALED and all(n.op == "placeholder" for n in node.args[2:])
+        )
+        alone = () if shares else (node,)
+        groups.setdefault((node.args[0], scheme, _is_transposed(node.args[1]), calibrated, *alone), []).append(node)
+    return sum(_rewrite(graph_module, group, key[1], quantize, key[3]) for key, group in groups.items())
 
 
-def _why_not(weight: fx.Node, scheme: schemes.Scheme) -> str:
+def _name(linear: fx.Node) -> str:
+    return weight_name(views.root(linear.args[1]).meta.get("source", ""))
+
+
+def _weights(linears: Sequence[fx.Node], heads: set[fx.Node]) -> list[plan.Weight]:
+    """The weights that may be quantised and are at hand, each once, for the solver."""
+    found = {}
+    for node in linears:
+        tensor = capture.weight_tensor(views.root(node.args[1]))
+        if tensor is not None and not _why_not(node.args[1], None):
+            found[_name(node)] = plan.Weight(_name(node), tensor, _is_transposed(node.args[1]), node in heads)
+    return list(found.values())
+
+
+def _why_not(weight: fx.Node, scheme: Scheme | None) -> str:
     placeholder, value = views.root(weight), weight.meta["val"]
     if not views.is_constant_input(weight):
         return "the weight is computed in the graph or an argument of the call"
@@ -66,6 +85,8 @@ def _why_not(weight: fx.Node, scheme: schemes.Scheme) -> str:
     rows, columns = value.shape
     if rows * columns == 0:
         return "the weight has no elements"
+    if scheme is None:
+        return ""
     before, after = rows * columns * value.element_size(), scheme.nbytes(rows, columns)
     if after >= before:
         return f"as {scheme.name} it would take {after} bytes instead of {before}"
@@ -77,37 +98,44 @@ def _why_not(weight: fx.Node, scheme: schemes.Scheme) -> str:
 
 def _is_transposed(weight: fx.Node) -> bool:
     """Whether the node is the plain transpose of a parameter (a weight kept as [K, N])."""
-    return (
-        weight.target is aten.permute.default
-        and weight.args[0] is views.root(weight)
-        and weight.args[1] == [1, 0]
-    )
+    return weight.target is aten.permute.default and weight.args[0] is views.root(weight) and weight.args[1] == [1, 0]
 
 
-def _rewrite(graph_module: fx.GraphModule, node: fx.Node, scheme: schemes.Scheme) -> int:
-    x, weight, *bias = node.args
-    transposed = weight is not views.root(weight)
-    with edit.rewriting(graph_module, node) as rewrite:
-        keywords = {"transposed": True} if transposed else {}
-        packed = rewrite.call(operations.quantize_weight, views.root(weight), scheme.name, **keywords)
-        parts = [rewrite.call(operator.getitem, packed, index) for index in range(scheme.parts)]
-        new = rewrite.call(operations.quantized_linear, x, parts, bias[0] if bias else None, scheme.name)
-        rewrite.replace(node, new)
+def _rewrite(
+    graph_module: fx.GraphModule, group: Sequence[fx.Node], scheme: Scheme, quantize: Quantize, calibrated: bool
+) -> int:
+    """Rewrite linears of one input; only those that share a scale for its channels come together."""
+    keywords: dict[str, Any] = {"transposed": True} if _is_transposed(group[0].args[1]) else {}
+    spelled = rounding.spell(quantize.rounding, quantize.calibration, _name(group[0])) if calibrated else ""
+    with edit.rewriting(graph_module, group[0]) as rewrite:
+        x, scale = group[0].args[0], None
+        if spelled and quantize.rounding in rounding.SCALED:
+            roots = [views.root(node.args[1]) for node in group]
+            both = rewrite.call(operations.input_scales, roots, scheme.name, spelled, **keywords)
+            scale = rewrite.call(operator.getitem, both, 0)
+            x = rewrite.inline(_scaled, x, rewrite.call(operator.getitem, both, 1))
+        elif spelled:
+            keywords["rounding"] = spelled
+        for node in group:
+            weight, *bias = node.args[1:]
+            packed = rewrite.call(operations.quantize_weight, views.root(weight), scheme.name, scale, **keywords)
+            parts = [rewrite.call(operator.getitem, packed, index) for index in range(scheme.parts)]
+            given = bias[0] if bias else None
+            rewrite.replace(node, rewrite.call(operations.quantized_linear, x, parts, given, scheme.name))
     return rewrite.applied
 
 
+def _scaled(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return (x * inverse).to(x.dtype)
+
+
 def _lm_heads(graph_module: fx.GraphModule, linears: list[fx.Node]) -> set[fx.Node]:
-    """The linears that score a vocabulary: no other linear follows, and they have as many rows as an
-    embedding table."""
-    tables = {
-        node.args[0].meta["val"].shape[0]
-        for node in graph_module.graph.nodes
-        if node.target is aten.embedding.default
-    }
-    feeds_linear: set[fx.Node] = set()
+    """The linears that score a vocabulary: no linear follows, and they have as many rows as an embedding
+    table."""
+    lookups = [node for node in graph_module.graph.nodes if node.target is aten.embedding.default]
+    tables = {node.args[0].meta["val"].shape[0] for node in lookups}
+    feeding: set[fx.Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        if any(user.target is ops.linear or user in feeds_linear for user in node.users):
-            feeds_linear.add(node)
-    return {
-        node for node in linears if node not in feeds_linear and node.args[1].meta["val"].shape[0] in tables
-    }
+        if any(user.target is ops.linear or user in feeding for user in node.users):
+            feeding.add(node)
+    return {node for node in linears if node not in feeding and node.args[1].meta["val"].shape[0] in tables}
