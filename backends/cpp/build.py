@@ -45,8 +45,13 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def compiler() -> str | None:
-    """Path of the C++ compiler (`CXX`, else c++), or None."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    """Path of the C++ compiler, or None: `CXX` if set, else g++, else c++.
+
+    g++ before others because its OpenMP code calls the runtime that torch's wheels carry (libgomp); clang's calls
+    another, and without it the library is refused at load.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def unavailable_reason() -> str | None:
@@ -54,7 +59,7 @@ def unavailable_reason() -> str | None:
     if sys.platform != "linux":
         return f"the C++ kernels are built on Linux only, not on {sys.platform}"
     if compiler() is None:
-        return "no C++ compiler found (install g++ or clang++, or set CXX)"
+        return "no C++ compiler found (install g++ or set CXX)"
     return None
 
 

@@ -39,7 +39,7 @@ struct Features {
     amx = avx512bf16 && tile && tile_bf16 && saves_tiles && may_use_tiles();
   }
 
-  // Linux grants the tile registers to a process only when asked; threads started later inherit the right.
+  // Linux grants the tile registers to a process, with all its threads, only when asked.
   static bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;
