@@ -16,13 +16,15 @@ from graphopt.options import Options
 
 @dataclasses.dataclass
 class TracedGraph:
-    """One captured graph: as it was, as the passes left it, their reports, and how many rewrites were numbered."""
+    """One captured graph: as it was, as the passes left it, their reports, how many rewrites were numbered, and
+    whether all of them keep how values lie in memory."""
 
     kind: str
     before: fx.GraphModule
     after: fx.GraphModule
     reports: list[pipeline.PassReport]
     applications: int
+    same_layout: bool
 
     @property
     def rewrites(self) -> int:
@@ -63,16 +65,17 @@ def trace(
     def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: capture.GraphInfo) -> Any:
         del inputs
         before = copied(graph_module)
-        seen = 0
+        seen, same_layout = 0, True
 
         def count(application: edit.Application) -> None:
-            nonlocal seen
+            nonlocal seen, same_layout
             seen += 1
+            same_layout &= application.same_layout
             if observer is not None:
                 observer(application)
 
         reports = pipeline.run(graph_module, pipeline.arrange(passes), Options(strict=True), observer=count)
-        graphs.append(TracedGraph(info.kind, before, graph_module, reports, seen))
+        graphs.append(TracedGraph(info.kind, before, graph_module, reports, seen, same_layout))
         return _boxed(graph_module if optimised else before)
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
