@@ -95,6 +95,42 @@ def explain(
 
 
 @app.command()
+def quality(
+    text: Annotated[Path, typer.Option(help="A text file; what the models are asked to predict.")],
+    model: Annotated[str, _MODEL] = "smollm2",
+    schemes: Annotated[str, typer.Option(help="int8, int4, fp8, nf4, mxfp4, auto ...; with commas.")] = "int8,int4",
+    dtype: Annotated[str, _DTYPE] = "float32",
+    length: Annotated[int, typer.Option(help="Tokens that are predicted from one beginning.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text that are used at most.")] = 4096,
+    group: Annotated[int | None, typer.Option(help="Group size of the schemes that have one.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A text file for roundings that need inputs.")] = None,
+    rounding: Annotated[str, typer.Option(help="nearest, gptq, awq or smoothquant.")] = "nearest",
+    max_error: Annotated[float | None, typer.Option(help="The budget of scheme auto.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show each weight's scheme and error.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Show what quantisation costs: perplexity, KL divergence, bytes, the error of each weight."""
+    from graphopt.commands import quality as command
+
+    asked = [
+        {
+            "scheme": scheme,
+            "group_size": group if scheme != "auto" else None,
+            "rounding": rounding,
+            "max_error": max_error if scheme == "auto" else None,
+        }
+        for scheme in schemes.split(",")
+    ]
+    found = command.run(model, text, asked, dtype, length, tokens, calibration, console)
+    if json:
+        sys.stdout.write("[" + ",\n".join(quality.to_json() for quality in found) + "]\n")
+        return
+    for quality in found if layers else ():
+        console.print(quality.plan)
+    console.print(command.table(found))
+
+
+@app.command()
 def bisect(
     command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
     output: Annotated[bool, typer.Option("--output", help="Wrong means: another output than without rewrites.")] = False,
