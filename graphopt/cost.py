@@ -101,8 +101,9 @@ def measured_cpu() -> Device:
     large = torch.ones(1 << 25)
     square = torch.ones(768, 768)
     bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 4)
-    peaks = {dtype: 2 * 768**3 / _best(lambda: square.to(dtype) @ square.to(dtype), 4)
-             for dtype in (torch.float32, torch.bfloat16)}
+    peaks = {}
+    for operand in (square, square.bfloat16()):
+        peaks[operand.dtype] = 2 * 768**3 / _best(functools.partial(torch.mm, operand, operand), 4)
     return Device("cpu", bandwidth, peaks, launch=1e-6)
 
 
@@ -159,6 +160,7 @@ def flops(node: Node) -> sympy.Expr:
         return 2 * _numel(node.meta["val"]) * size_expression(left.meta["val"].shape[-1])
     if "attention" in name and len(operands) >= 3:
         q, k, v = operands[:3]
+        assert isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
         pairs = _numel(q) * size_expression(k.shape[-2])
         return 2 * pairs + 2 * pairs / size_expression(q.shape[-1]) * size_expression(v.shape[-1])
     if node.target in REDUCTIONS:

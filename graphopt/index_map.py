@@ -15,7 +15,7 @@ range proves it away; sizes are positive integers and nothing else is assumed of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -186,7 +186,8 @@ def reshape_index(index: Index, new: Sequence[sympy.Expr], old: Sequence[sympy.E
     result: list[sympy.Expr] = []
     i = j = 0
     while i < len(new) or j < len(old):
-        group_new, group_old = [], []
+        group_new: list[int] = []
+        group_old: list[int] = []
         total_new: sympy.Expr = sympy.Integer(1)
         total_old: sympy.Expr = sympy.Integer(1)
         while True:
@@ -260,17 +261,24 @@ def operand_index(node: Node, index: Index, result: Index, operand: Index, range
         return index
     if node.target in RESHAPES:
         return reshape_index(index, result, operand, ranges)
-    return _MOVES[node.target](node, index, operand, ranges)
+    moves: Mapping[Any, Callable[[Node, Index, Index, Ranges], Index]] = _MOVES
+    return moves[node.target](node, index, operand, ranges)
 
 
 def _axis(dim: int, rank: int) -> int:
     return dim % rank if rank else 0
 
 
+def _settings(node: Node, *defaults: Any) -> list[Any]:
+    """The arguments behind the operand, filled up with defaults."""
+    given = list(node.args[1:])
+    return given + list(defaults[len(given) :])
+
+
 def _permute(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
     moved: list[sympy.Expr] = [sympy.Integer(0)] * len(operand)
     for here, dim in enumerate(node.args[1]):  # type: ignore[arg-type]
-        moved[_axis(dim, len(operand))] = index[here]  # type: ignore[arg-type]
+        moved[_axis(dim, len(operand))] = index[here]
     return tuple(moved)
 
 
@@ -283,8 +291,8 @@ def _transpose(node: Node, index: Index, operand: Index, ranges: Ranges) -> Inde
 
 
 def _slice(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
-    dim, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    axis = _axis(int(dim), len(operand))  # type: ignore[arg-type]
+    dim, start, _, step = _settings(node, 0, None, None, 1)
+    axis = _axis(int(dim), len(operand))
     begin = _clamped_start(0 if start is None else start, operand[axis])
     stride = size_expression(_value(step))
     return (*index[:axis], sympy.expand(index[axis] * stride + begin), *index[axis + 1 :])
@@ -331,11 +339,11 @@ def _flip(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
 
 
 def _diagonal(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
-    offset, dim1, dim2 = (*node.args[1:], *(0, 0, 1)[len(node.args) - 1 :])
-    a, b = _axis(int(dim1), len(operand)), _axis(int(dim2), len(operand))  # type: ignore[arg-type]
+    offset, dim1, dim2 = _settings(node, 0, 0, 1)
+    a, b = _axis(int(dim1), len(operand)), _axis(int(dim2), len(operand))
     rest = iter(index[:-1])
     along = index[-1]
-    shift = int(offset)  # type: ignore[arg-type]
+    shift = int(offset)
     return tuple(
         along + max(0, -shift) if d == a else along + max(0, shift) if d == b else next(rest)
         for d in range(len(operand))
@@ -353,12 +361,12 @@ def _roll(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
     shifts, dims = node.args[1], node.args[2] if len(node.args) > 2 else []
     if not dims:
         position = flatten(index, operand)
-        shift = size_expression(shifts[0])  # type: ignore[index, arg-type]
+        shift = size_expression(shifts[0])
         total = product(operand)
         return unflatten(Remainder(position + _steps_back(shift, total), total), operand, ranges)
     moved = list(index)
     for shift, dim in zip(shifts, dims, strict=True):  # type: ignore[arg-type]
-        axis = _axis(int(dim), len(operand))  # type: ignore[arg-type]
+        axis = _axis(int(dim), len(operand))
         back = _steps_back(size_expression(shift), operand[axis])
         moved[axis] = Remainder(moved[axis] + back, operand[axis])
     return tuple(moved)

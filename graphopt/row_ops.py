@@ -1,7 +1,8 @@
 """What fused regions can hold: the ATen operators by how their result's elements depend on their operands'.
 
-`ELEMENTWISE` and `STRUCTURES` read their operands at known places, reductions read a whole row, views (`index_map.VIEWS`)
-only rename places. The generator has a rule for each of them (checked by a test); region forming asks nothing else.
+`ELEMENTWISE` and `STRUCTURES` read their operands at known places, reductions read a whole row, views
+(`index_map.VIEWS`) only rename places. The generator has a rule for each of them (checked by a test); region forming
+asks nothing else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The value of a node at an index, written as lines of Triton.
 
-The evaluator walks from what a kernel stores back to what it loads. A view changes only the index; a pointwise operator
-becomes one line; a placeholder becomes a load; a reduction is asked from the skeleton (`Skeleton.reduction`), which alone
-knows how the kernel runs along its axes. The same node at the same index is computed once.
+The evaluator walks from what a kernel stores back to what it loads. A view changes only the index; a pointwise
+operator becomes one line; a placeholder becomes a load; a reduction is asked from the skeleton (`Skeleton.reduction`),
+which alone knows how the kernel runs along its axes. The same node at the same index is computed once.
 
 A tile has one or two axes. Every value records the axes it varies over (`uses`), which decides its mask and whether it
 is computed inside of the loop over an axis or before it.
@@ -239,6 +239,12 @@ class Evaluator:
         return Value(self.skeleton.emit(text, uses), dtype, uses)
 
     # -- indices -----------------------------------------------------------------------------------------------
+
+    def also(self, text: str, uses: frozenset[str], guard: Guard | None) -> Guard:
+        """A guard that holds where a condition and another guard do."""
+        both = f"({text}) & {guard[0]}" if guard else text
+        used = uses | (guard[1] if guard else frozenset())
+        return self.skeleton.emit(both, used, "inside"), used
 
     def as_symbol(self, value: Value, size: sympy.Expr) -> sympy.Symbol:
         """A loaded integer as an index symbol that runs below `size`."""

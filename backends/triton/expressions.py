@@ -1,8 +1,8 @@
 """The table from pointwise ATen operators to Triton expressions, with eager's dtype rules.
 
-Every value of a kernel has a *logical* dtype, eager's, and lives in a *carrier*: float16 and bfloat16 values are carried
-as float32 that has been rounded to the logical dtype wherever eager rounds; all other dtypes carry themselves. An
-operator converts its operands to the dtype it computes in (`computes`), applies its template to the carriers, and
+Every value of a kernel has a *logical* dtype, eager's, and lives in a *carrier*: float16 and bfloat16 values are
+carried as float32 that has been rounded to the logical dtype wherever eager rounds; all other dtypes carry themselves.
+An operator converts its operands to the dtype it computes in (`computes`), applies its template to the carriers, and
 rounds unless its result is one of its operands (`exact`).
 
 NaN, infinities and signs follow eager: max, min, clamp and relu let NaN through, integer division rounds as asked,

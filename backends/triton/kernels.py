@@ -20,7 +20,10 @@ class Section(Protocol):
     constants: dict[str, int]
     num_warps: int
     num_stages: int
-    helpers: set[str]
+
+    @property
+    def helpers(self) -> set[str]:
+        """The device functions that its lines call."""
 
     @property
     def programs(self) -> str:
@@ -42,7 +45,8 @@ def generate(graph_module: GraphModule) -> Kernel:
             return _assemble(region, "attention", [AttentionSection(region, 0, names)])
         if contraction_of(region) is not None:
             return _assemble(region, "linear", matmul_sections(region, names))
-        sections = [RowSection(region, group, number, names) for number, group in enumerate(_groups(region))]
+        groups = enumerate(_groups(region))
+        sections: list[Section] = [RowSection(region, group, number, names) for number, group in groups]
         return _assemble(region, "rows", sections)
     except RecursionError as error:
         raise Unsupported("the region nests too deeply") from error
@@ -65,8 +69,8 @@ def _assemble(region: Region, kind: str, sections: Sequence[Section]) -> Kernel:
     return Kernel(
         kind=kind, body=text, parameters=tuple(pointers),
         types=tuple(pointer_type(n) for n in (*region.inputs, *region.outputs)), sizes=tuple(region.parameters.items()),
-        constants=constants, grid=" + ".join(grid), num_warps=warps, num_stages=max(s.num_stages for s in sections), helpers=helpers,
-        comment=provenance(region),
+        constants=constants, grid=" + ".join(grid), num_warps=warps, helpers=helpers, comment=provenance(region),
+        num_stages=max(s.num_stages for s in sections),
     )
 
 

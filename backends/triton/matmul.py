@@ -6,10 +6,10 @@ Each program computes a tile of rows m and columns n, walking over k. Two forms:
 * one row (decode): each program multiplies a band of the weight with the row and sums, reading the weight once at the
   speed of memory, with no padding to a tensor core's tile.
 
-Operands are read through the evaluator, so a view, a cast or a norm before the product costs no pass of its own. A norm's
-statistics are summed over the program's rows in a walk before the product. Several weights of one input (a gate and its
-partner) accumulate side by side; weights whose results are independent are sections of one launch. Products accumulate
-in float32, and bias is added before rounding, as cuBLAS and oneDNN do.
+Operands are read through the evaluator, so a view, a cast or a norm before the product costs no pass of its own. A
+norm's statistics are summed over the program's rows in a walk before the product. Several weights of one input (a
+gate and its partner) accumulate side by side; weights whose results are independent are sections of one launch.
+Products accumulate in float32, and bias is added before rounding, as cuBLAS and oneDNN do.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class MatmulSection:
                 if each.bias is not None:
                     bias = evaluator.operand(each.bias, own)
                     text = f"{total} + {bias.text}"
-                known.append(Value(evaluator.skeleton.emit(expressions.rounded(text, self.dtype), uses), self.dtype, uses))
+                known.append(evaluator.settle(expressions.rounded(text, self.dtype), self.dtype, uses))
             return known[0]
 
         return value
@@ -311,8 +311,10 @@ class MatmulSection:
     def _result_index(self) -> Index:
         sizes = self.region.sizes(self.products[0].result)
         if self.products[0].batched:
-            return (*self._along(self.batch, sizes[:1]), *self._along(self.m, sizes[1:2]), *self._along(self.n, sizes[2:]))
-        return (*self._along(self.m, sizes[:-1]), *self._along(self.n, sizes[-1:]))
+            parts = (self.batch, sizes[:1]), (self.m, sizes[1:2]), (self.n, sizes[2:])
+        else:
+            parts = (self.batch, ()), (self.m, sizes[:-1]), (self.n, sizes[-1:])
+        return tuple(i for current, own in parts for i in self._along(current, own))
 
     def _left_index(self) -> Index:
         sizes = self.region.sizes(self.products[0].left)

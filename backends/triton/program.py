@@ -123,7 +123,7 @@ class Writer:
         bound: set[sympy.Symbol] = set()
         for node, name in zip(placeholders, names, strict=True):
             value = node.meta["val"]
-            dims = [(value, name)] if isinstance(value, torch.SymInt) else []
+            dims: list[tuple[Any, str]] = [(value, name)] if isinstance(value, torch.SymInt) else []
             if isinstance(value, torch.Tensor):
                 dims = [(s, f"{name}.size({i})") for i, s in enumerate(value.shape)]
                 dims += [(s, f"{name}.stride({i})") for i, s in enumerate(value.stride())]
@@ -136,8 +136,8 @@ class Writer:
     def _find_roots(self, nodes: list[Node]) -> None:
         """Which earlier node's memory a node's value may share."""
         for node in nodes:
-            source = next((n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))),
-                          None)
+            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))]
+            source = tensors[0] if tensors else None
             shares = node.target in ALIASING_VIEWS or node.target is operator.getitem or (
                 isinstance(node.target, torch._ops.OpOverload)
                 and any(r.alias_info is not None for r in node.target._schema.returns))
@@ -242,7 +242,9 @@ class Writer:
         listed = returned if isinstance(returned, (tuple, list)) else (returned,)
         self._names[node] = ", ".join(inner[n] for n in listed if isinstance(n, Node))
 
-    def _launch(self, node: Node, module: GraphModule, kernel: Kernel, symbols: dict[sympy.Symbol, sympy.Symbol]) -> None:
+    def _launch(
+        self, node: Node, module: GraphModule, kernel: Kernel, symbols: dict[sympy.Symbol, sympy.Symbol]
+    ) -> None:
         name = self._by_digest.setdefault(kernel.digest, f"kernel_{len(self._by_digest)}_{kernel.kind}")
         self.kernels.setdefault(name, kernel)
         region = Region(module)
@@ -256,8 +258,8 @@ class Writer:
         given = {name: f"({text})" for name, text in sizes.items()} | {k: str(v) for k, v in kernel.constants.items()}
         grid = re.sub(r"\b[A-Za-z]\w*\b", lambda word: given.get(word[0], word[0]), kernel.grid)
         wide = self._index_type([*region.inputs, *region.outputs], region)
-        listed = ", ".join([name, grid, *tensors, *outputs, *sizes.values(), *fixed, f"INDEX={wide}", "enable_fp_fusion=False"])
-        self.lines.append(f"launch({listed})")
+        arguments = [name, grid, *tensors, *outputs, *sizes.values(), *fixed, f"INDEX={wide}", "enable_fp_fusion=False"]
+        self.lines.append(f"launch({', '.join(arguments)})")
         self.launches += 1
         self._names[node] = ", ".join(outputs)
 

@@ -149,7 +149,8 @@ def describe(region: Region, node: Node) -> Reduction:
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if isinstance(given, torch.dtype):
         given = None
-    listed = list(range(rank)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)  # type: ignore[call-overload]
+    whole = given is None or given == []
+    listed: Any = range(rank) if whole else [given] if isinstance(given, int) else given
     dims = tuple(sorted({int(d) % rank for d in listed})) if rank else ()
     keepdim = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     level = sum(1 for n in ancestors(node) if n.target in row_ops.REDUCTIONS) - 1
@@ -193,9 +194,11 @@ def parts_of(reduction: Reduction) -> list[Part]:
         return [_sum(reduction, "sum", 0, _total_dtype(node), lambda e, s, v: v)]
     if target in row_ops.PRODUCTS:
         dtype = _total_dtype(node)
-        return [Part(node, "product", 0, dtype, expressions.CARRIERS[dtype], "1", "product",
-                     lambda e, s: s.masked(_converted(_operand(e, s, reduction), dtype), expressions.CARRIERS[dtype], "1"),
-                     lambda a, b: f"{a} * {b}", lambda t: f"tl.reduce({t}, 1, multiply, keep_dims=True)", ("multiply",))]
+        carrier = expressions.CARRIERS[dtype]
+        return [Part(node, "product", 0, dtype, carrier, "1", "product",
+                     lambda e, s: s.masked(_converted(_operand(e, s, reduction), dtype), carrier, "1"),
+                     lambda a, b: f"{a} * {b}",
+                     lambda t: f"tl.reduce({t}, 1, multiply, keep_dims=True)", ("multiply",))]
     if target in row_ops.VARIANCES:
         dtype = _total_dtype(node)
         return [
@@ -294,7 +297,8 @@ def _position(reduction: Reduction) -> Part:
         value = _operand(e, s, reduction)
         best = s.remembered((reduction.node, "best"))
         assert best is not None
-        text = f"({value.text} != 0).to(tl.int32)" if best.dtype == torch.int32 and value.dtype != best.dtype else value.text
+        logical = best.dtype == torch.int32 and value.dtype != best.dtype
+        text = f"({value.text} != 0).to(tl.int32)" if logical else value.text
         hit = f"({text} == {best.text})"
         if best.dtype.is_floating_point:
             hit = f"({hit} | ({text} != {text}))"
@@ -345,8 +349,10 @@ def _result(section: RowSection, reduction: Reduction, picked: int | None) -> Va
             raise Unsupported("a symbolic correction")
         count = text_of(_count(reduction), True)
         squares = part("squares")
-        left = f"tl.maximum({count} - {expressions.literal(removed)}, 0).to({expressions.CARRIERS[squares.dtype]})" \
-            if not count.isdigit() else f"tl.full([], {max(int(count) - removed, 0)}, {expressions.CARRIERS[squares.dtype]})"
+        carrier = expressions.CARRIERS[squares.dtype]
+        left = f"tl.maximum({count} - {expressions.literal(removed)}, 0).to({carrier})"
+        if count.isdigit():
+            left = f"tl.full([], {max(int(count) - removed, 0)}, {carrier})"
         text = f"{squares.text} / {left}" if squares.dtype == torch.float64 else f"tl.div_rn({squares.text}, {left})"
         return section.evaluator.settle(text, squares.dtype, squares.uses)
     if target in row_ops.POSITIONS or picked == 1:

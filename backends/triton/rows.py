@@ -147,9 +147,11 @@ class RowSection:
             stages = [[p for r in current for p in parts_of(r) if p.stage == s] for s in (0, 1)]
             ready = [o for o in waiting if depths[o] <= level and self._is_full(o)]
             with self._walk(bool(stages[0] or ready)):
-                self._reduce(stages[0], lambda: [self._store(o) for o in ready])
+                self._reduce(stages[0])
+                for output in ready:
+                    self._store(output)
             with self._walk(bool(stages[1])):
-                self._reduce(stages[1], lambda: None)
+                self._reduce(stages[1])
             for reduction in current:
                 self.scopes[0].memory[("done", reduction.node)] = Value("", torch.bool)
             waiting = [o for o in waiting if o not in ready]
@@ -175,8 +177,8 @@ class RowSection:
         self.scopes[0].lines += [f"    {line}" for line in (*self._columns(start), *scope.lines)]
         self.scopes[0].lines += self._after
 
-    def _reduce(self, parts: list[Part], stores: Any) -> None:
-        """Accumulate the parts over the row, and run `stores` in the same walk."""
+    def _reduce(self, parts: list[Part]) -> None:
+        """Accumulate the parts over the row."""
         for part in parts:
             element = part.element(self.evaluator, self)
             if self.looped:
@@ -187,7 +189,6 @@ class RowSection:
                 self._finish(part, name, self._after)
             else:
                 self._finish(part, element, self.scopes[0].lines)
-        stores()
 
     def _finish(self, part: Part, values: str, lines: list[str]) -> None:
         name = self.names.new(part.hint)

@@ -1,7 +1,7 @@
 """ATen operators that need more than a template: selections, joins, gathers, constants, casts with options.
 
-Each function takes the evaluator, the node, the index wanted, and the guard, and answers the value. Reductions and scans
-are only named here (`is_reduction`); `rows.py` computes them.
+Each function takes the evaluator, the node, the index wanted, and the guard, and answers the value. Reductions and
+scans are only named here (`is_reduction`); `rows.py` computes them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt.backends.triton import expressions
+from graphopt.backends.triton import expressions, gathers
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
-from graphopt.index_map import Index, broadcast_index
+from graphopt.index_map import Index
 from graphopt.row_ops import REDUCTIONS, SPLITS
 
 aten = torch.ops.aten
@@ -194,15 +194,11 @@ def _index_value(e: Evaluator, position: sympy.Expr, dtype: torch.dtype) -> Valu
     return e.settle(wide if dtype not in expressions.ROUNDED else expressions.rounded(wide, dtype), dtype, uses)
 
 
-def _condition(e: Evaluator, text: str, uses: frozenset[str], guard: Guard | None) -> Guard:
-    both = f"({text}) & {guard[0]}" if guard else text
-    used = uses | (guard[1] if guard else frozenset())
-    return e.skeleton.emit(both, used, "inside"), used
-
-
 def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     dtype = node.meta["val"].dtype
-    parts = [p for p in node.args[0] if p.meta["val"].dim() == len(index) or p.meta["val"].numel() != 0]  # type: ignore[union-attr]
+    listed = [p for p in node.all_input_nodes if isinstance(p.meta["val"], torch.Tensor)]
+    given: Any = node.args[0]
+    parts = [p for p in given if p in listed and (p.meta["val"].dim() == len(index) or p.meta["val"].numel() != 0)]
     dim = int(_argument(node, 1, "dim", 0)) % len(index)
     begin: sympy.Expr = sympy.Integer(0)
     place, uses = e.index_text(sympy.expand(index[dim]))
@@ -214,13 +210,13 @@ def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
         if size != 0:
             bounds = [f"({place} >= {text_of(begin, True)})"] * (begin != 0) + [f"({place} < {text_of(end, True)})"]
             inner = (*index[:dim], sympy.expand(index[dim] - begin), *index[dim + 1 :])
-            test = _condition(e, " & ".join(bounds), uses, guard)
+            test = e.also(" & ".join(bounds), uses, guard)
             pieces.append((test[0], e.value(part, inner, test)))
         begin = end
-    for test, value in reversed(pieces):
+    for condition, value in reversed(pieces):
         text = _as(value, dtype)
         chosen = Value(text, dtype, value.uses) if chosen is None else e.settle(
-            f"tl.where({test}, {text}, {chosen.text})", dtype, chosen.uses | value.uses | uses)
+            f"tl.where({condition}, {text}, {chosen.text})", dtype, chosen.uses | value.uses | uses)
     return chosen or Value(_as(Value("0", torch.int64), dtype), dtype)
 
 
@@ -238,79 +234,10 @@ def _pad(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
         uses |= used
     if not tests:
         return e.value(operand, index, guard)
-    test = _condition(e, " & ".join(tests), uses, guard)
+    test = e.also(" & ".join(tests), uses, guard)
     inner = e.value(operand, tuple(moved), test)
     fill = e.operand(_argument(node, 2, "value", 0), ())
     return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), inner, fill)
-
-
-def _checked(e: Evaluator, indices: Node, index: Index, size: sympy.Expr, guard: Guard | None, wrap: bool) -> Any:
-    """A loaded index as a symbol, and the guard that it lies in the dimension; negative ones count from the end."""
-    value = e.operand(indices, index, guard)
-    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise Unsupported(f"indices of dtype {value.dtype}")
-    limit = text_of(size, True)
-    if wrap:
-        value = e.settle(f"tl.where({value.text} < 0, {value.text} + {limit}, {value.text})", value.dtype, value.uses)
-    elif not value.text.isidentifier():
-        value = e.settle(f"{value.text} + 0", value.dtype, value.uses)
-    test = _condition(e, f"({value.text} >= 0) & ({value.text} < {limit})", value.uses, guard)
-    return e.as_symbol(value, size), test
-
-
-def _embedding(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
-    weight, indices = node.args[:2]
-    assert isinstance(weight, Node) and isinstance(indices, Node)
-    row, test = _checked(e, indices, index[:-1], e.region.sizes(weight)[0], guard, wrap=False)
-    return e.value(weight, (row, index[-1]), test)
-
-
-def _index_select(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
-    operand, dim, indices = node.args[:3]
-    assert isinstance(operand, Node) and isinstance(indices, Node) and isinstance(dim, int)
-    if not index:
-        return e.value(operand, index, guard)
-    axis = dim % len(index)
-    place = (index[axis],) if indices.meta["val"].dim() else ()
-    row, test = _checked(e, indices, place, e.region.sizes(operand)[axis], guard, wrap=False)
-    return e.value(operand, (*index[:axis], row, *index[axis + 1 :]), test)
-
-
-def _gather(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
-    operand, dim, indices = node.args[:3]
-    assert isinstance(operand, Node) and isinstance(indices, Node) and isinstance(dim, int)
-    if not index:
-        return e.value(operand, index, guard)
-    if not operand.meta["val"].dim() or len(index) != operand.meta["val"].dim():
-        raise Unsupported("a gather between different ranks")
-    axis = dim % len(index)
-    row, test = _checked(e, indices, index, e.region.sizes(operand)[axis], guard, wrap=False)
-    return e.value(operand, (*index[:axis], row, *index[axis + 1 :]), test)
-
-
-def _advanced_index(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
-    """x[i, :, j]: the index tensors broadcast; their dimensions come first unless they stand side by side."""
-    operand, listed = node.args[0], node.args[1]
-    assert isinstance(operand, Node) and isinstance(listed, (list, tuple))
-    sizes = e.region.sizes(operand)
-    given = {dim: tensor for dim, tensor in enumerate(listed) if tensor is not None}
-    if any(t.meta["val"].dtype == torch.bool for t in given.values()):  # type: ignore[union-attr]
-        raise Unsupported("an index by a mask: its size depends on the data")
-    rank = max(t.meta["val"].dim() for t in given.values())  # type: ignore[union-attr]
-    dims = sorted(given)
-    first = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
-    own = index[first : first + rank]
-    others = iter((*index[:first], *index[first + rank :]))
-    moved: list[sympy.Expr] = []
-    for dim, size in enumerate(sizes):
-        if dim in given:
-            tensor = given[dim]
-            assert isinstance(tensor, Node)
-            row, guard = _checked(e, tensor, broadcast_index(own, e.region.sizes(tensor)), size, guard, wrap=True)
-            moved.append(row)
-        else:
-            moved.append(next(others))
-    return e.value(operand, tuple(moved), guard)
 
 
 def _slice_scatter(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
@@ -324,7 +251,7 @@ def _slice_scatter(e: Evaluator, node: Node, index: Index, guard: Guard | None) 
         raise Unsupported("slice_scatter with a step or a negative symbolic start")
     begin = begin + size if begin.is_Integer and begin < 0 else begin
     place, uses = e.index_text(sympy.expand(index[axis] - begin))
-    test = _condition(e, f"({place} >= 0) & ({place} < {text_of(e.region.sizes(source)[axis], True)})", uses, guard)
+    test = e.also(f"({place} >= 0) & ({place} < {text_of(e.region.sizes(source)[axis], True)})", uses, guard)
     new = e.value(source, (*index[:axis], sympy.expand(index[axis] - begin), *index[axis + 1 :]), test)
     return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), new, e.value(base, index, guard))
 
@@ -336,7 +263,7 @@ def _select_scatter(e: Evaluator, node: Node, index: Index, guard: Guard | None)
     where = e.region.size(at)
     where = where + e.region.sizes(base)[axis] if where.is_Integer and where < 0 else where
     place, uses = e.index_text(sympy.expand(index[axis]))
-    test = _condition(e, f"{place} == {text_of(where, True)}", uses, guard)
+    test = e.also(f"{place} == {text_of(where, True)}", uses, guard)
     new = e.value(source, (*index[:axis], *index[axis + 1 :]), test)
     return _select(e, node.meta["val"].dtype, Value(test[0], torch.bool, test[1]), new, e.value(base, index, guard))
 
@@ -384,7 +311,7 @@ STRUCTURES: dict[Any, Structure] = {
     aten.addcmul.default: _scaled_product,
     aten.addcdiv.default: _scaled_product,
     operator.getitem: _pick,
-    aten._unsafe_index.Tensor: _advanced_index,
+    aten._unsafe_index.Tensor: gathers.advanced_index,
     aten.empty.memory_format: _constant_of(0),
     aten.full.default: _full,
     aten.full_like.default: _full,
@@ -399,10 +326,10 @@ STRUCTURES: dict[Any, Structure] = {
     aten.arange.start_step: _arange,
     aten.cat.default: _cat,
     aten.constant_pad_nd.default: _pad,
-    aten.embedding.default: _embedding,
-    aten.index_select.default: _index_select,
-    aten.gather.default: _gather,
-    aten.index.Tensor: _advanced_index,
+    aten.embedding.default: gathers.embedding,
+    aten.index_select.default: gathers.index_select,
+    aten.gather.default: gathers.gather,
+    aten.index.Tensor: gathers.advanced_index,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.copy.default: _copy,

@@ -29,7 +29,7 @@ def erase_unread(graph: Graph) -> None:
 def _has_no_dropout(node: Node) -> bool:
     place = 4 if node.target == aten.scaled_dot_product_attention.default else 3
     dropout = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
-    return node.target == torch.ops.graphopt.attention.default or dropout == 0.0
+    return node.target == torch.ops.graphopt.attention.default or (isinstance(dropout, float) and dropout == 0.0)
 
 
 def form_attention(groups: Groups, node: Node) -> None:

@@ -1,8 +1,8 @@
 """What matrix products take into their kernel: an epilogue behind them, and with few rows a prologue before them.
 
-The epilogue is elementwise over the product (bias, activation, gate, residual, cast). The prologue is the region of rows
-that makes the left operand, a norm above all: with at most `FEW_ROWS` rows every program computes it again from the
-cache, which costs less than writing and reading it; with more rows it stays a kernel of its own.
+The epilogue is elementwise over the product (bias, activation, gate, residual, cast). The prologue is the region of
+rows that makes the left operand, a norm above all: with at most `FEW_ROWS` rows every program computes it again from
+the cache, which costs less than writing and reading it; with more rows it stays a kernel of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import graphopt.ops  # noqa: F401  (registers the dialect)
 from graphopt.index_map import IDENTITIES, RESHAPES, size_expression
-from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers
+from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers, source_of
 from graphopt.passes.fuse.joining import group_rows, numel
 from graphopt.row_ops import CONSTANTS, DTYPES, ELEMENTWISE, is_fusable
 
@@ -24,17 +25,12 @@ FEW_ROWS = 16
 LONGEST_EPILOGUE = 24
 
 
-def _contractions() -> frozenset[Any]:
-    found: set[Any] = {aten.mm.default, aten.addmm.default, aten.bmm.default}
-    for name in ("linear", "parallel_linear"):
-        if hasattr(torch.ops.graphopt, name):
-            found.add(getattr(torch.ops.graphopt, name).default)
-    return frozenset(found)
+CONTRACTIONS: frozenset[Any] = frozenset({
+    aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.graphopt.linear.default,
+    torch.ops.graphopt.parallel_linear.default,
+})
 
 
-import graphopt.ops  # noqa: E402, F401  (registers the dialect that _contractions looks up)
-
-CONTRACTIONS = _contractions()
 
 
 def absorb_readers(groups: Groups, contraction: Node) -> None:
@@ -102,8 +98,6 @@ def absorb_prologues(groups: Groups) -> None:
 
 def producers_of_left(contraction: Node) -> list[Node]:
     """The node that makes the left operand, views looked through."""
-    from graphopt.passes.fuse.groups import source_of
-
     return [source_of(left_operand(contraction))]
 
 

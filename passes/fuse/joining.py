@@ -66,7 +66,7 @@ def may_join(node: Node, group: Group) -> bool:
             return False
         if rows is not None:
             return rows == mine and all(_keeps_rows(node, p) for p in own)
-        return all(numel(p) == mine[0] * mine[1] for p in own) and not any(_is_row_like(p, mine) for p in own)
+        return all(bool(numel(p) == mine[0] * mine[1]) and not _is_row_like(p, mine) for p in own)
     if rows is None:
         return all(numel(p) == numel(node) or _is_inlined(p, node, group) for p in own)
     if numel(node) not in (sympy.expand(rows[0] * rows[1]), sympy.expand(rows[0])):
@@ -78,7 +78,7 @@ def may_join(node: Node, group: Group) -> bool:
 
 
 def _is_row_like(node: Node, rows: Rows) -> bool:
-    return rows[1] != 1 and numel(node) == rows[0]
+    return bool(rows[1] != 1 and numel(node) == rows[0])
 
 
 def _is_inlined(producer: Node, node: Node, group: Group) -> bool:

@@ -1,4 +1,4 @@
-"""Captured graphs for the tests of the Triton backend: a function through Dynamo and AOTAutograd into `compile_graph`."""
+"""Captured graphs for the tests of the Triton backend: a function through Dynamo into `compile_graph`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ SHAPES = [(2, 4, 20, 20, 16, 16, 4), (1, 4, 1, 33, 16, 16, 2), (1, 8, 70, 70, 8,
 
 def agrees(*inputs: torch.Tensor, tolerance: float = 1e-4, **settings: Any) -> str:
     def function(*tensors: torch.Tensor) -> torch.Tensor:
-        return attention(*tensors, scale=0.3, **settings)
+        result: torch.Tensor = attention(*tensors, scale=0.3, **settings)
+        return result
 
     wide = [t.float() if t.is_floating_point() else t for t in inputs]
     got, compiled = run(function, *inputs, prepare=form_regions)
@@ -72,7 +73,8 @@ def test_causal_walk_ends_at_the_diagonal() -> None:
 def test_a_cache_seen_through_views_is_not_copied() -> None:
     def function(q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         keys = cache.permute(1, 2, 0, 3)
-        return attention(q, keys, keys, scale=0.3)
+        result: torch.Tensor = attention(q, keys, keys, scale=0.3)
+        return result
 
     q, cache = torch.randn(1, 4, 3, 16), torch.randn(50, 1, 2, 16)
     got, compiled = run(function, q, cache, prepare=form_regions)

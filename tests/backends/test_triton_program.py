@@ -32,7 +32,8 @@ def llama(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *w: torch.Tenso
     seen = dialect.attention(dialect.rope(q, cos, sin), dialect.rope(k, cos, sin), v, is_causal=True, scale=0.25)
     x = x + dialect.linear(seen.transpose(1, 2).reshape(1, 8, 64), w[4])
     gate, up = dialect.parallel_linear(dialect.rms_norm(x, w[5], 1e-6), w[6:8], [None] * 2)
-    return x + dialect.linear(F.silu(gate) * up, w[8])
+    result: torch.Tensor = x + dialect.linear(F.silu(gate) * up, w[8])
+    return result
 
 
 def encoder(x: torch.Tensor, first: bool, *w: torch.Tensor) -> torch.Tensor:

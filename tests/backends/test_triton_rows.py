@@ -1,4 +1,4 @@
-"""Generated row kernels under the interpreter against eager: dtype rules, NaN rules, shapes, gathers, several outputs."""
+"""Generated row kernels under the interpreter against eager: dtypes, NaN, shapes, gathers, several outputs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_int8_to_bfloat16_goes_by_value() -> None:
 @pytest.mark.parametrize("columns", [33, 8200])
 def test_sums_scans_and_variances(columns: int) -> None:
     x = torch.randn(3, columns)
-    agrees(lambda a: (a.sum(-1), a.mean(-1, keepdim=True), *torch.var_mean(a, -1, correction=0), a.std(-1)), x, atol=1e-3)
+    agrees(lambda a: (a.sum(-1), a.mean(-1, keepdim=True), a.std(-1)), x, atol=1e-3)
+    agrees(lambda a: torch.var_mean(a, -1, correction=0), x, atol=1e-3)
     agrees(lambda a: a.cumsum(-1), x, rtol=1e-3, atol=1e-3)
 
 

@@ -1,0 +1,179 @@
+"""Region forming: what is joined, what is refused, and that the graph means the same afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx import GraphModule
+
+from graphopt.backends.triton import expressions, structures
+from graphopt.index_map import VIEWS
+from graphopt.passes.fuse.form_regions import form_regions
+from graphopt.row_ops import CONSTANTS, ELEMENTWISE, STRUCTURES
+from tests.backends.graphs import run
+from tests.backends.test_triton_rows import rms_norm
+
+
+def regions(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool | None = None) -> list[list[str]]:
+    """The operators of each region of a function's graph, which must mean the same and be left alone a second time."""
+    kept: list[GraphModule] = []
+
+    def prepare(graph_module: GraphModule) -> None:
+        count = form_regions(graph_module)
+        graph_module.graph.lint()
+        modules = [n for n in graph_module.graph.nodes if n.op == "call_module"]
+        assert len(modules) == count
+        assert form_regions(graph_module) == 0, "a second run forms regions again"
+        kept.append(graph_module)
+
+    want = function(*[i.clone() for i in inputs])
+    got, _ = run(function, *inputs, prepare=prepare, dynamic=dynamic)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    graph_module = kept[0]
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            assert isinstance(module, GraphModule)
+            found.append([str(n.target).removeprefix("aten.").split(".")[0] for n in module.graph.nodes
+                          if n.op == "call_function"])
+    return found
+
+
+def test_a_residual_and_its_norm_are_one_region() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = x + y
+        return h, rms_norm(h, w)
+
+    assert len(regions(function, torch.randn(20, 8), torch.randn(20, 8), torch.randn(8))) == 1
+
+
+def test_a_cycle_is_refused() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        start = x + 1
+        return start * torch.sort(start, -1)[0]
+
+    found = regions(function, torch.randn(4, 5))
+    assert ["add"] in found and ["mul"] in found
+
+
+def test_reductions_over_other_rows_are_refused() -> None:
+    assert len(regions(lambda x: x.softmax(-1).softmax(0), torch.randn(6, 5))) == 2
+
+
+def test_a_row_value_read_across_rows_is_refused() -> None:
+    found = regions(lambda x: x.mean(-1).view(2, 3).t().reshape(6, 1) + x, torch.randn(6, 6))
+    assert len(found) == 2
+
+
+def test_a_smaller_producer_is_not_computed_again_and_again() -> None:
+    assert len(regions(lambda m, x: torch.exp(m) * x, torch.randn(8), torch.randn(30, 8))) == 2
+
+
+def test_a_join_computes_its_pieces_where_it_reads_them() -> None:
+    assert len(regions(lambda a, b: torch.cat([a * 2, b + 1], 0) * 3, torch.randn(2, 8), torch.randn(3, 8))) == 1
+
+
+def test_a_widening_cast_is_left_to_its_reader() -> None:
+    x, w, n = torch.randn(40, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.randn(16).bfloat16()
+
+    def function(x: torch.Tensor, w: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = x @ w + x
+        return h, rms_norm(h, n)
+
+    found = regions(function, x, w, n)
+    assert len(found) == 2 and "prims" not in found[0]
+
+
+def test_views_of_inputs_that_are_outputs_stay_outside() -> None:
+    assert regions(lambda x: (x.t(), x[1:]), torch.randn(4, 5)) == []
+
+
+def test_operators_without_a_kernel_stay_outside() -> None:
+    assert regions(lambda x: torch.sort(x, -1)[0], torch.randn(4, 5)) == []
+
+
+def test_complex_numbers_stay_outside() -> None:
+    x = torch.randn(4, dtype=torch.complex64)
+    kept: list[int] = []
+    run(lambda a: a + 1, x, prepare=lambda graph: kept.append(form_regions(graph)))
+    assert kept == [0]
+
+
+def test_an_update_of_an_input_keeps_its_place() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        before = x.sum(-1)
+        x.mul_(2)
+        return before + x.sum(-1)
+
+    x = torch.randn(3, 4)
+    mine = x.clone()
+    want = function(x)
+    got, _ = run(function, mine, prepare=form_regions)
+    torch.testing.assert_close((got, mine), (want, x))
+
+
+def test_random_numbers_are_drawn_in_order() -> None:
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.rand(3) + x, torch.randn(3) * x
+
+    x = torch.ones(3)
+    torch.manual_seed(1)
+    want = function(x)
+    torch.manual_seed(1)
+    got, _ = run(function, x, prepare=form_regions)
+    assert got[0].shape == want[0].shape and got[1].shape == want[1].shape
+
+
+def test_independent_elementwise_regions_of_one_source_share_a_launch() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.sort(x @ w, -1)[0]
+        return y[:, :3] * 2, y[:, 3:].exp()
+
+    assert [sorted(set(r) - {"slice"}) for r in regions(function, torch.randn(4, 5), torch.randn(5, 8))][-1] == [
+        "exp", "mul"]
+
+
+def test_symbolic_sizes_are_not_specialised() -> None:
+    kept: list[GraphModule] = []
+
+    def prepare(graph_module: GraphModule) -> None:
+        form_regions(graph_module)
+        kept.append(graph_module)
+
+    run(lambda x, y: torch.cat([x, y], 0).softmax(-1), torch.randn(4, 7), torch.randn(3, 7), prepare=prepare, dynamic=True)
+    sizes = [s for n in kept[0].graph.nodes if isinstance(n.meta.get("val"), torch.Tensor) for s in n.meta["val"].shape]
+    assert any(isinstance(s, torch.SymInt) for s in sizes)
+
+
+def test_the_generator_has_a_rule_for_everything_that_is_fused() -> None:
+    known = set(expressions.TABLE) | set(structures.STRUCTURES) | VIEWS
+    missing = [str(op) for op in ELEMENTWISE | STRUCTURES | CONSTANTS if op not in known]
+    assert missing == []
+
+
+OPERATIONS: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
+    lambda a, b: a + b, lambda a, b: a * b.sigmoid(), lambda a, b: (a - b).abs(), lambda a, b: a.softmax(-1) + b,
+    lambda a, b: a - b.mean(-1, keepdim=True), lambda a, b: torch.cat([a, b], 0)[: a.shape[0]],
+    lambda a, b: F.layer_norm(a, a.shape[-1:]) * b, lambda a, b: (a.t() + 1).t() * b, lambda a, b: a.cumsum(-1) - b,
+]
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(0, len(OPERATIONS) - 1), st.integers(0, 5), st.integers(0, 5)),
+                      min_size=1, max_size=7), rows=st.integers(1, 5), columns=st.integers(1, 9))
+def test_random_programs_mean_the_same(steps: list[tuple[int, int, int]], rows: int, columns: int) -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = [a, b]
+        for operation, first, second in steps:
+            values.append(OPERATIONS[operation](values[first % len(values)], values[second % len(values)]))
+        return values[-1], values[len(values) // 2] + 0
+
+    regions(function, torch.randn(rows, columns), torch.randn(rows, columns))
