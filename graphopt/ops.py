@@ -172,6 +172,13 @@ def kv_reserve(past: Tensor, count: int, dim: int) -> Tensor:
     return room
 
 
+@operation("(Tensor(a) room, int dim, SymInt? start, SymInt? end) -> Tensor(a)")
+def kv_window(room: Tensor, dim: int, start: int | None, end: int | None) -> Tensor:
+    """The rows [start:end] along `dim` of what `kv_reserve` gave, as a view: what a sliding-window layer keeps."""
+    view: Tensor = torch.ops.aten.slice.Tensor(room, dim, start, end)
+    return view
+
+
 @operation("(SymInt[] size, int dim, *, ScalarType dtype, Device device) -> Tensor", repeatable=False)
 def kv_allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new KV cache of the given size that can grow along `dim`, with nothing in it yet; see `kv_reserve`."""

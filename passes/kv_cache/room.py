@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import _compat, edit, shapes
+from graphopt import _compat, edit, ops, shapes
 
 aten = torch.ops.aten
 
@@ -24,12 +24,25 @@ def move_into(
     changed = _consequences(graph_module, node, moved.meta["val"])
     if isinstance(changed, str):
         return changed
+    for window in _returned_windows(graph_module, node, dim):
+        bounds = (*window.args[2:], None, None)[:2]
+        rewrite.replace(window, rewrite.call(ops.kv_window, room, dim, *bounds), same_layout=False)
     rewrite.call_last(aten.copy_.default, room, moved)
     rewrite.replace(node, moved, same_layout=False)
     if rewrite.permitted:
         for later, value in changed.items():
             later.meta["val"] = value
     return ""
+
+
+def _returned_windows(graph_module: fx.GraphModule, node: fx.Node, dim: int) -> list[fx.Node]:
+    """Slices of `node` along `dim` that nothing reads in the graph: what a sliding-window layer keeps."""
+    output = graph_module.graph.output_node()
+    return [
+        user
+        for user in node.users
+        if user.target is aten.slice.Tensor and user.args[1] == dim and len(user.args) < 5 and list(user.users) == [output]
+    ]
 
 
 def _consequences(
@@ -50,7 +63,7 @@ def _consequences(
             assert callable(user.target)
             try:
                 result = user.target(*args, **kwargs)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 return f"{user.target} needs the cache's own strides: {str(error).splitlines()[0]}"
             difference = shapes.difference(user.meta.get("val"), result)
             if difference and not difference.startswith("stride"):

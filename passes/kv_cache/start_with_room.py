@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphopt import edit, ops
+from graphopt import edit, ops, views
 from graphopt.passes.kv_cache.lengths import length_node
 from graphopt.passes.kv_cache.room import move_into
 from graphopt.pipeline import graph_pass
@@ -23,11 +23,11 @@ from graphopt.pipeline import graph_pass
 aten = torch.ops.aten
 
 
-@graph_pass(exactness="bitwise", stage="kv_cache", training=False, before="canonicalize")
+@graph_pass(exactness="rounding", stage="kv_cache", training=False, before="canonicalize")
 def start_with_room(graph_module: fx.GraphModule) -> int:
     """Give caches that a graph starts, and returns, room to grow."""
     count = 0
-    for node in dict.fromkeys(graph_module.graph.output_node().all_input_nodes):
+    for node in dict.fromkeys(map(views.root, graph_module.graph.output_node().all_input_nodes)):
         if _is_new_cache(node):
             count += _rewrite(graph_module, node)
     return count
