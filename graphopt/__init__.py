@@ -8,6 +8,7 @@ from graphopt.options import Options
 from graphopt.pipeline import graph_pass
 from graphopt.quantization.calibration import Calibration, calibrate
 from graphopt.quantization.plan import Plan, plan
+from graphopt.quantization.release import release_weights
 from graphopt.quantize_options import Quantize
 from graphopt.report import Report, counters
 
@@ -24,4 +25,5 @@ __all__ = [
     "explain",
     "graph_pass",
     "plan",
+    "release_weights",
 ]

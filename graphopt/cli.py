@@ -98,12 +98,14 @@ def explain(
 def quality(
     text: Annotated[Path, typer.Option(help="A text file; what the models are asked to predict.")],
     model: Annotated[str, _MODEL] = "smollm2",
-    schemes: Annotated[str, typer.Option(help="int8, int4, fp8, nf4, mxfp4, auto ...; with commas.")] = "int8,int4",
+    schemes: Annotated[str, typer.Option(help="int8, int4, fp8, nf4, mxfp4, auto; with commas.")] = "int8,int4",
     dtype: Annotated[str, _DTYPE] = "float32",
     length: Annotated[int, typer.Option(help="Tokens that are predicted from one beginning.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are used at most.")] = 4096,
     group: Annotated[int | None, typer.Option(help="Group size of the schemes that have one.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A text file for roundings that need inputs.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file for the roundings that need inputs.")
+    ] = None,
     rounding: Annotated[str, typer.Option(help="nearest, gptq, awq or smoothquant.")] = "nearest",
     max_error: Annotated[float | None, typer.Option(help="The budget of scheme auto.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also show each weight's scheme and error.")] = False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphopt.quantization import operations
+from graphopt.errors import WeightsReleasedError
+from graphopt.quantization import operations, release
 from graphopt.runtime import packs, prologue
 
 
@@ -14,6 +15,11 @@ def pack_weight(
     weight: Tensor, scheme: str, scale: Tensor | None = None, *, transposed: bool = False, rounding: str = ""
 ) -> list[Tensor]:
     """`graphopt.quantize_weight` under the guard of `runtime.packs`."""
+    if release.is_released(weight):
+        raise WeightsReleasedError(
+            f"a weight of shape {tuple(weight.shape)} was released and has no pack as {scheme!r}: compile with the"
+            " options that were in force when it was released, or load the weights again"
+        )
     packed: list[Tensor] = operations.quantize_weight(
         weight.detach(), scheme, scale, transposed=transposed, rounding=rounding
     )

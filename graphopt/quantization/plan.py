@@ -122,14 +122,19 @@ def choose(
         return None, reason
     if lm_head and quantize.lm_head is False:
         return None, "lm_head=False leaves the linear that scores the vocabulary as it is"
-    if lm_head and isinstance(quantize.lm_head, str):
-        return schemes.named(schemes.canonical(quantize.lm_head)), ""
+    if lm_head and quantize.scheme != "auto" and (isinstance(quantize.lm_head, str) or _has_few_bits(quantize)):
+        own = quantize.lm_head if isinstance(quantize.lm_head, str) else "int8"
+        return schemes.named(schemes.canonical(own)), ""
     if name in assigned:
         chosen = assigned[name]
         return (schemes.named(chosen), "") if chosen else (None, "the plan leaves it as it is")
     if quantize.scheme == "auto":
         return None, "the plan does not know it"
     return schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric)), ""
+
+
+def _has_few_bits(quantize: Quantize) -> bool:
+    return schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric)).bits < 8
 
 
 def _calibration(quantize: Quantize) -> Calibration | None:
@@ -206,8 +211,11 @@ def _solve(weights: Sequence[Weight], quantize: Quantize) -> dict[str, str]:
         choices.append((index, "", float(weight.tensor.numel() * weight.tensor.element_size()), 0.0))
         for name in CANDIDATES:
             scheme = schemes.named(name)
-            fixed = weight.lm_head and quantize.lm_head is not True
-            if fixed or quantize.wants(weight.name) or not scheme.can_pack(weight.tensor):
+            if (
+                (weight.lm_head and quantize.lm_head is False)
+                or quantize.wants(weight.name)
+                or not scheme.can_pack(weight.tensor)
+            ):
                 continue
             layer = _layer(weight, scheme, quantize, "")
             if layer.bytes_after < layer.bytes_before:

@@ -55,6 +55,39 @@ def packed(function: Callable[..., Any]) -> Callable[..., Any]:
     return lookup
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A pack as plain data: the function that made it, its constants, the tensors it was made from, and itself."""
+
+    function: str
+    constants: Any
+    sources: tuple[torch.Tensor, ...]
+    result: Any
+
+
+def made_from(tensor: torch.Tensor) -> list[Made]:
+    """The packs that were made from a tensor as it is now, alone or with others."""
+    found = []
+    with _lock:
+        for (function, constants, identities), pack in _packs.items():
+            sources = [source() for source in pack.sources]
+            if id(tensor) not in identities or any(source is None for source in sources):
+                continue
+            alive = tuple(source for source in sources if source is not None)
+            if pack.states == tuple(map(_state, alive)):
+                found.append(Made(function, constants, alive, pack.result))
+    return found
+
+
+def restore(made: Made) -> None:
+    """Take a pack as made from its sources as they are now, so that the next look-up finds it."""
+    key = (made.function, made.constants, tuple(map(id, made.sources)))
+    drop = functools.partial(_drop, key)
+    with _lock:
+        sources = tuple(weakref.ref(tensor, drop) for tensor in made.sources)
+        _packs[key] = _Pack(sources, tuple(map(_state, made.sources)), made.result)
+
+
 def refresh() -> None:
     """Forget all packs, so that the next call makes them anew from the weights as they are then."""
     with _lock:

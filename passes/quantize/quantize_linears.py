@@ -24,6 +24,7 @@ from graphopt import capture, edit, ops, views
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan, rounding
 from graphopt.quantization.names import weight_name
+from graphopt.quantization.release import is_released
 from graphopt.quantization.schemes import Scheme
 from graphopt.quantize_options import Quantize
 
@@ -91,7 +92,7 @@ def _why_not(weight: fx.Node, scheme: Scheme | None) -> str:
     if after >= before:
         return f"as {scheme.name} it would take {after} bytes instead of {before}"
     tensor = capture.weight_tensor(placeholder)
-    if tensor is not None and not scheme.can_pack(tensor):
+    if tensor is not None and not is_released(tensor) and not scheme.can_pack(tensor):
         return f"the weight holds infinities, NaN or values too large for {scheme.name}"
     return ""
 

@@ -177,9 +177,10 @@ def test_the_head_can_be_left_out_or_have_its_own_scheme(tied: bool) -> None:
     ids = [torch.randint(0, 80, (2, 5))]
     kept = check_pass(through(Quantize("int4", lm_head=False)), Speaker(tied), ids, count=3)
     assert any("lm_head=False" in refusal.reason for refusal in kept.refusals)
-    own = check_pass(through(Quantize("int4", lm_head="int8")), Speaker(tied), ids, count=4)
-    names = [n.args[3] for n in own.after.graph.nodes if n.target is operations.quantized_linear]
-    assert sorted(names) == ["int4-g32", "int4-g32", "int4-g32", "int8"]
+    for given, head in ((True, "int8"), ("fp8", "fp8"), ("int4", "int4-g32")):
+        own = check_pass(through(Quantize("int4", lm_head=given)), Speaker(tied), ids, count=4)
+        names = [n.args[3] for n in own.after.graph.nodes if n.target is operations.quantized_linear]
+        assert sorted(names) == sorted(["int4-g32", "int4-g32", "int4-g32", head])
 
 
 def test_training_graphs_are_left_alone() -> None:
