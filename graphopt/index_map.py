@@ -358,14 +358,14 @@ def _repeat(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
 
 
 def _roll(node: Node, index: Index, operand: Index, ranges: Ranges) -> Index:
-    shifts, dims = node.args[1], node.args[2] if len(node.args) > 2 else []
+    shifts, dims = _settings(node, None, [])
     if not dims:
         position = flatten(index, operand)
         shift = size_expression(shifts[0])
         total = product(operand)
         return unflatten(Remainder(position + _steps_back(shift, total), total), operand, ranges)
     moved = list(index)
-    for shift, dim in zip(shifts, dims, strict=True):  # type: ignore[arg-type]
+    for shift, dim in zip(shifts, dims, strict=True):
         axis = _axis(int(dim), len(operand))
         back = _steps_back(size_expression(shift), operand[axis])
         moved[axis] = Remainder(moved[axis] + back, operand[axis])

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from graphopt.backends.triton import interpret as interpreter
-from graphopt.backends.triton.program import Fallback, Program, write
+from graphopt.backends.triton.program import Fallback, write
 from graphopt.backends.triton.source import Kernel
+
+
+class KernelFailed(Exception):
+    """A kernel could not be compiled or launched; name is its name in the generated file."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
 
 
 class CompiledGraph:
@@ -20,22 +28,57 @@ class CompiledGraph:
 
     source: the generated file, runnable alone. kernels: the kernels in it, by name. fallbacks: what runs as ATen calls,
     with reasons. launches: how many kernels one call launches.
+
+    A kernel that fails at its first launch (it does not compile, or asks for more than the GPU has) is left out from
+    then on: its region runs as ATen calls and is listed in `fallbacks`. With `strict` the failure is raised.
     """
 
-    def __init__(self, program: Program, interpret: bool) -> None:
+    def __init__(self, graph_module: GraphModule, interpret: bool, strict: bool = False) -> None:
+        self._graph_module, self._interpret, self._strict = graph_module, interpret, strict
+        self._refused: dict[str, str] = {}
+        self._build()
+
+    def _build(self) -> None:
+        with torch.no_grad():
+            program = write(self._graph_module, self._refused)
         self.source: str = program.source
         self.kernels: dict[str, Kernel] = program.kernels
         self.fallbacks: list[Fallback] = program.fallbacks
         self.launches: int = program.launches
+        self._may_repeat = program.updates_last
         self.namespace = load(program.source)
         self.namespace.update(program.constants)
-        if interpret:
-            self.namespace["launch"] = interpreter.launch
+        run = interpreter.launch if self._interpret else self.namespace["launch"]
+        self.namespace["launch"] = self._guarded(run)
+
+    def _guarded(self, run: Callable[..., None]) -> Callable[..., None]:
+        """Name the kernel in the error of its first launch; later launches go straight through."""
+        proven: set[Callable[..., Any]] = set()
+
+        def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
+            if kernel.fn in proven:
+                run(kernel, grid, *arguments, **constants)
+                return
+            try:
+                run(kernel, grid, *arguments, **constants)
+            except Exception as error:
+                raise KernelFailed(kernel.fn.__name__, f"{type(error).__name__}: {error}"[:300]) from error
+            proven.add(kernel.fn)
+
+        return launch
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Run the graph on its inputs; returns its outputs."""
-        outputs: Sequence[Any] = self.namespace["call"](list(inputs))
-        return outputs
+        while True:
+            try:
+                outputs: Sequence[Any] = self.namespace["call"](list(inputs))
+                return outputs
+            except KernelFailed as failure:
+                digest = self.kernels[failure.name].digest
+                if self._strict or not self._may_repeat or digest in self._refused:
+                    raise
+                self._refused[digest] = f"the kernel failed: {failure.reason}"
+                self._build()
 
 
 def load(source: str) -> dict[str, Any]:
@@ -47,13 +90,13 @@ def load(source: str) -> dict[str, Any]:
     return namespace
 
 
-def compile_graph(graph_module: GraphModule, interpret: bool) -> CompiledGraph:
+def compile_graph(graph_module: GraphModule, interpret: bool, strict: bool = False) -> CompiledGraph:
     """Generate, load and wrap the program of a graph whose fused regions are `call_module` nodes.
 
     graph_module: placeholders carry fake values in `meta["val"]`; it is not changed. interpret: run the kernels under
-    Triton's interpreter on CPU tensors (slow; for checking); otherwise they need a GPU.
+    Triton's interpreter on CPU tensors (slow; for checking); otherwise they need a GPU. strict: raise when a kernel
+    fails, instead of running its region as ATen calls.
     Raises Unsupported when a node cannot be written at all; what merely has no kernel runs as ATen calls and is listed
     in `fallbacks`.
     """
-    with torch.no_grad():
-        return CompiledGraph(write(graph_module), interpret)
+    return CompiledGraph(graph_module, interpret, strict)

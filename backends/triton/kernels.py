@@ -84,7 +84,7 @@ def _nest(body: list[str], number: int, last: bool, program: str, section: Secti
     if last:
         body += [f"{depth}{line}" for line in lines]
         return
-    body.append(f"{depth}blocks_{number} = tl.{section.programs}")
+    body.append(f"{depth}blocks_{number} = {section.programs.replace('cdiv(', 'tl.cdiv(')}")
     body.append(f"{depth}if {program} < blocks_{number}:")
     body += [f"{depth}    {line}" for line in lines]
     body.append(f"{depth}else:")

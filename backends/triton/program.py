@@ -14,6 +14,7 @@ import dataclasses
 import keyword
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -65,20 +66,28 @@ class Fallback:
 
 @dataclasses.dataclass
 class Program:
-    """The generated file, the kernels in it by name, what runs as ATen calls, and the tensors it closes over."""
+    """The generated file, the kernels in it by name, what runs as ATen calls, and the tensors it closes over.
+
+    launches: how many kernels a call launches. updates_last: no kernel is launched after memory of the caller has been
+    updated, so that a call whose launch failed may be made again.
+    """
 
     source: str
     kernels: dict[str, Kernel]
     fallbacks: list[Fallback]
     constants: dict[str, torch.Tensor]
     launches: int
+    updates_last: bool
 
 
 class Writer:
     """Writes the program of one graph."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    def __init__(self, graph_module: GraphModule, refused: Mapping[str, str]) -> None:
         self.graph_module = graph_module
+        self.refused = refused
+        self.updated = False
+        self.updates_last = True
         self.lines: list[str] = []
         self.kernels: dict[str, Kernel] = {}
         self.fallbacks: list[Fallback] = []
@@ -110,7 +119,7 @@ class Writer:
         body = "\n".join(f"    {line}" for line in self.lines)
         call = f'def call(inputs):\n    """Run the graph; the list of inputs is emptied."""\n{body}\n'
         source = "\n\n".join(p.strip("\n") + "\n" for p in (*parts, call))
-        return Program(source, self.kernels, self.fallbacks, self.constants, self.launches)
+        return Program(source, self.kernels, self.fallbacks, self.constants, self.launches, self.updates_last)
 
     # -- inputs and lifetimes ------------------------------------------------------------------------------------
 
@@ -205,6 +214,7 @@ class Writer:
             raise Unsupported("an operator with an unprintable name")
         if target not in ALIASING_VIEWS:
             self.fallbacks.append(Fallback(harmless(node.name), str(target), reason or "not part of a fused region"))
+        self.updated = self.updated or target._schema.is_mutable
         arguments = [self._text(a, names) for a in node.args]
         arguments += [f"{_keyword(k)}={self._text(v, names)}" for k, v in node.kwargs.items()]
         names[node] = self._new("buf")
@@ -224,8 +234,9 @@ class Writer:
             except Unsupported as error:
                 self._by_key[structure] = error, symbols
         kernel, known = self._by_key[structure]
-        if isinstance(kernel, Unsupported):
-            self._inline(node, module, str(kernel))
+        reason = str(kernel) if isinstance(kernel, Unsupported) else self.refused.get(kernel.digest)
+        if isinstance(kernel, Unsupported) or reason is not None:
+            self._inline(node, module, reason or "")
             return
         self._launch(node, module, kernel, dict(zip(known, symbols, strict=True)))
 
@@ -261,6 +272,7 @@ class Writer:
         arguments = [name, grid, *tensors, *outputs, *sizes.values(), *fixed, f"INDEX={wide}", "enable_fp_fusion=False"]
         self.lines.append(f"launch({', '.join(arguments)})")
         self.launches += 1
+        self.updates_last = self.updates_last and not self.updated
         self._names[node] = ", ".join(outputs)
 
     def _index_type(self, nodes: list[Node], region: Region) -> str:
@@ -330,9 +342,10 @@ def _keyword(name: str) -> str:
     return name
 
 
-def write(graph_module: GraphModule) -> Program:
+def write(graph_module: GraphModule, refused: Mapping[str, str] | None = None) -> Program:
     """The program of a graph whose regions are `call_module` nodes. The graph is left as it is.
 
+    refused: digests of kernels that must not be used, with reasons; their regions run as ATen calls.
     Raises Unsupported when the graph holds a node that cannot be written as Python text at all.
     """
-    return Writer(graph_module).program()
+    return Writer(graph_module, refused or {}).program()

@@ -28,6 +28,8 @@ CASES = {
     "long softmax": lambda: kernels(lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1), torch.randn(2, 9000)),
     "linear": lambda: kernels(lambda x, w: F.gelu(F.linear(x, w)), torch.randn(256, 256).to(bf16),
                               torch.randn(256, 256).to(bf16), prepare=fuse),
+    "sections": lambda: kernels(lambda x, a, b: (F.linear(x, a), F.linear(x, b)), torch.randn(8, 256).to(bf16),
+                                torch.randn(64, 256).to(bf16), torch.randn(32, 256).to(bf16), prepare=fuse),
     "one row": lambda: kernels(lambda x, w: F.linear(x, w), torch.randn(1, 512).to(bf16),
                                torch.randn(64, 512).to(bf16), prepare=fuse),
 }

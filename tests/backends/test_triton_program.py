@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule
 
 import graphopt.ops  # noqa: F401  (registers the dialect)
-from graphopt.backends.triton.compile import compile_graph, load
+from graphopt.backends.triton.compile import CompiledGraph, KernelFailed, compile_graph, load
 from graphopt.backends.triton.expressions import literal
 from graphopt.backends.triton.program import write
 from graphopt.passes.fuse.form_regions import form_regions
@@ -209,3 +210,28 @@ def test_load_keeps_the_text_where_triton_looks_for_it() -> None:
     assert names["answer"]() == 42 and "return 42" in inspect.getsource(names["answer"])
 
 
+
+
+def failing(compiled: CompiledGraph) -> CompiledGraph:
+    """Let the first kernel fail, as one that asks for too much shared memory would."""
+
+    def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    compiled.namespace["launch"] = compiled._guarded(launch)
+    return compiled
+
+
+def test_a_kernel_that_fails_is_left_out_and_named() -> None:
+    graph_module = as_one_region(captured(torch.randn(3, 4), torch.randn(4)))
+    compiled = failing(compile_graph(graph_module, interpret=True))
+    x, w = torch.randn(3, 4), torch.randn(4)
+    torch.testing.assert_close(compiled(x, w)[0], F.relu(x + w) * 2)
+    assert compiled.launches == 0 and "shared memory" in compiled.fallbacks[0].reason
+
+
+def test_strict_raises_when_a_kernel_fails() -> None:
+    graph_module = as_one_region(captured(torch.randn(3, 4), torch.randn(4)))
+    compiled = failing(compile_graph(graph_module, interpret=True, strict=True))
+    with pytest.raises(KernelFailed, match="kernel_0_rows: RuntimeError: out of resource"):
+        compiled(torch.randn(3, 4), torch.randn(4))

@@ -147,7 +147,8 @@ def test_symbolic_sizes_are_not_specialised() -> None:
         form_regions(graph_module)
         kept.append(graph_module)
 
-    run(lambda x, y: torch.cat([x, y], 0).softmax(-1), torch.randn(4, 7), torch.randn(3, 7), prepare=prepare, dynamic=True)
+    x, y = torch.randn(4, 7), torch.randn(3, 7)
+    run(lambda x, y: torch.cat([x, y], 0).softmax(-1), x, y, prepare=prepare, dynamic=True)
     sizes = [s for n in kept[0].graph.nodes if isinstance(n.meta.get("val"), torch.Tensor) for s in n.meta["val"].shape]
     assert any(isinstance(s, torch.SymInt) for s in sizes)
 
