@@ -307,5 +307,17 @@ def is_impure(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         seeded = torch.Tag.nondeterministic_seeded in node.target.tags
-        return seeded or node.target._schema.is_mutable or bool(node.is_impure())
+        if seeded and not _never_drops(node):
+            return True
+        return node.target._schema.is_mutable or bool(node.is_impure(impure_random=False))
     return bool(node.is_impure())
+
+
+def _never_drops(node: fx.Node) -> bool:
+    """Whether the only random thing about an operation is a dropout (of attention) that is switched off."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[position] if position < len(node.args) else None
+            return node.kwargs.get("dropout_p", argument.default_value if given is None else given) == 0.0
+    return False
