@@ -9,6 +9,7 @@ from graphopt.pipeline import graph_pass
 from graphopt.quantization.calibration import Calibration, calibrate
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.release import release_weights
+from graphopt.quantization.store import load_quantized, save_quantized
 from graphopt.quantize_options import Quantize
 from graphopt.report import Report, counters
 
@@ -24,6 +25,8 @@ __all__ = [
     "counters",
     "explain",
     "graph_pass",
+    "load_quantized",
     "plan",
     "release_weights",
+    "save_quantized",
 ]

@@ -122,19 +122,16 @@ def choose(
         return None, reason
     if lm_head and quantize.lm_head is False:
         return None, "lm_head=False leaves the linear that scores the vocabulary as it is"
-    if lm_head and quantize.scheme != "auto" and (isinstance(quantize.lm_head, str) or _has_few_bits(quantize)):
-        own = quantize.lm_head if isinstance(quantize.lm_head, str) else "int8"
-        return schemes.named(schemes.canonical(own)), ""
+    if lm_head and isinstance(quantize.lm_head, str):
+        return schemes.named(schemes.canonical(quantize.lm_head)), ""
     if name in assigned:
         chosen = assigned[name]
         return (schemes.named(chosen), "") if chosen else (None, "the plan leaves it as it is")
     if quantize.scheme == "auto":
         return None, "the plan does not know it"
-    return schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric)), ""
-
-
-def _has_few_bits(quantize: Quantize) -> bool:
-    return schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric)).bits < 8
+    asked = schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric))
+    # Errors of the head are errors of the logits: four bits are too few for them.
+    return (schemes.named("int8") if lm_head and asked.bits < 8 else asked), ""
 
 
 def _calibration(quantize: Quantize) -> Calibration | None:

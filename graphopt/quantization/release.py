@@ -8,6 +8,7 @@ WeightsReleasedError. There is no way back but loading the weights again into a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from typing import Any
 
@@ -46,20 +47,16 @@ def release_weights(model: nn.Module) -> Release:
     because the released weights lie differently in memory. Kept are weights that other modules use as they are.
     Raises OptionError if there is no packed weight.
     """
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append((module, name))
     freed, released, kept = 0, [], []
     for name, parameter in model.named_parameters():
         if is_released(parameter) or not packs.made_from(parameter):
             continue
-        reason = _why_not(parameter, owners[id(parameter)])
+        reason = why_kept(model, name)
         if reason:
             kept.append((name, reason))
             continue
         freed += parameter.untyped_storage().nbytes()
-        release(parameter, owners[id(parameter)])
+        replace(model, name)
         released.append(name)
     if not released and not kept:
         raise OptionError(
@@ -69,28 +66,54 @@ def release_weights(model: nn.Module) -> Release:
     return Release(freed, tuple(released), tuple(kept))
 
 
-def _why_not(parameter: Tensor, owners: list[tuple[nn.Module, str]]) -> str:
-    others = {type(module).__name__ for module, _ in owners if not isinstance(module, nn.Linear)}
-    if len(owners) > 1 and others:
+def why_kept(model: nn.Module, name: str) -> str:
+    """Why the named weight cannot be released, or ""."""
+    parameter = model.get_parameter(name)
+    others = {type(module).__name__ for module, _ in _owners(model, parameter) if not isinstance(module, nn.Linear)}
+    if others:
         return f"it is also used by {', '.join(sorted(others))}"
-    if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.element_size():
-        return "it shares its memory with other tensors"
     if parameter.is_inference():
         return "it is an inference tensor, whose packs are told by its content"
+    if not parameter.is_meta and not is_released(parameter):
+        if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.element_size():
+            return "it shares its memory with other tensors"
     return ""
 
 
-def release(parameter: Tensor, owners: list[tuple[nn.Module, str]]) -> None:
-    """Free one parameter; its packs stay valid."""
+def replace(model: nn.Module, name: str) -> None:
+    """Free the named weight; its packs stay valid. One on the meta device becomes a released parameter on the CPU."""
+    parameter = model.get_parameter(name)
     made = packs.made_from(parameter)
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
     # Rows that differ in address: passes tell a weight from its transpose by strides.
-    gone = torch.full((parameter.shape[0], 1), float("nan"), dtype=parameter.dtype, device=parameter.device)
-    parameter.data = gone.expand(parameter.shape)
+    gone = torch.full((parameter.shape[0], 1), float("nan"), dtype=parameter.dtype, device=device)
+    if parameter.is_meta:
+        new = nn.Parameter(gone.expand(parameter.shape), requires_grad=False)
+        set_parameter(model, parameter, new)
+        parameter = new
+    else:
+        parameter.data = gone.expand(parameter.shape)
     for pack in made:
         packs.restore(pack)
-    _released[id(parameter)] = weakref.ref(parameter, lambda _, key=id(parameter): _released.pop(key, None))
-    for module, name in owners:
-        _guard(module, name)
+    _released[id(parameter)] = weakref.ref(parameter, functools.partial(_forget, id(parameter)))
+    for module, own_name in _owners(model, parameter):
+        _guard(module, own_name)
+
+
+def set_parameter(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
+    """Put a new parameter in the place of an old one, wherever the model uses it."""
+    for module, name in _owners(model, old):
+        module._parameters[name] = new
+
+
+def _owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name) for module in model.modules() for name, found in module._parameters.items() if found is parameter
+    ]
+
+
+def _forget(identity: int, _: weakref.ref[Tensor]) -> None:
+    _released.pop(identity, None)
 
 
 def _guard(module: nn.Module, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Tensors derived from weights (packed, quantised, merged): made at the first call, kept while the weights are the same.
+"""Tensors derived from weights (packed, quantised, merged): made at the first call, kept while the weights stay.
 
 Weights are inputs of every call, so a derived tensor is only valid for the tensors it was made from. Each one is kept
 under a guard on (identity, data_ptr, version counter) of its sources; on any difference it is made again. One pack is
@@ -34,7 +34,7 @@ def packed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Arguments are tensors, lists of tensors and hashable constants; the constants are part of the pack's identity.
     """
-    name = f"{function.__module__}.{function.__qualname__}"
+    name = name_of(function)
 
     @functools.wraps(function)
     def lookup(*args: Any, **kwargs: Any) -> Any:
@@ -53,6 +53,11 @@ def packed(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return lookup
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """How packs name the function that makes them."""
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 @dataclasses.dataclass(frozen=True)
