@@ -111,6 +111,10 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
         node.replace_all_uses_with(placeholder)
         results.append(index[node])
         new_inputs.append(node.meta["val"])
+    for node in reversed(hoisted):
+        # Erased here and not as dead code: reserving memory twice is not the same as once, so its nodes are impure.
+        if not node.users:
+            graph_module.graph.erase_node(node)
     edit.eliminate_dead_code(graph_module)
     for position, node in reversed(list(enumerate(placeholders))):
         if not node.users:

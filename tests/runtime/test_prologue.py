@@ -1,0 +1,42 @@
+"""Call-time operations leave the graph, run once a call, and hand their results to the compiled graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graphopt import edit, ops
+from graphopt.runtime import prologue
+
+
+def reserve_and_write(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    room = torch.ops.graphopt.kv_reserve(past, new.shape[2], 2)
+    return torch.ops.aten.slice_scatter.default(room, new, 2, past.shape[2], None)
+
+
+def targets(graph_module: fx.GraphModule) -> list[object]:
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+def test_a_reservation_leaves_the_graph_for_good() -> None:
+    past, new = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 1, 4)
+    graph_module = make_fx(reserve_and_write, tracing_mode="fake")(past, new)
+    inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    made, new_inputs = prologue.hoist(graph_module, inputs)
+    assert made is not None
+    assert ops.kv_reserve not in targets(graph_module)
+    graph_module.recompile()
+    given = made([past, new])
+    assert len(given) == len(new_inputs)
+    (result,) = torch.utils._pytree.tree_leaves(graph_module(*given))
+    assert torch.equal(result, torch.cat([past, new], 2))
+
+
+def test_a_graph_without_call_time_operations_has_no_prologue() -> None:
+    graph_module = make_fx(lambda x: x + 1, tracing_mode="fake")(torch.randn(3))
+    before = len(graph_module.graph.nodes)
+    made, inputs = prologue.hoist(graph_module, ["given"])
+    assert made is None and inputs == ["given"]
+    edit.eliminate_dead_code(graph_module)
+    assert len(graph_module.graph.nodes) == before
