@@ -109,7 +109,7 @@ def _is_prologue(before: Group, group: Group, contraction: Node) -> bool:
         rows = rows * size
     outputs = [n for n in before.nodes if any(r not in before.nodes for r in consumers(n))]
     private = all(r in group.nodes or r in before.nodes for n in before.nodes for r in consumers(n))
-    same = group_rows(before) in (None, (rows, sizes[-1]))
+    same = group_rows(before) in (None, (rows, sizes[-1], ((), ())))
     plain = all(n.target not in CONSTANTS for n in before.nodes)
     views = all(v.target in RESHAPES | IDENTITIES for o in outputs for v in chain(contraction, o))
     return bool(rows.is_Integer and rows <= FEW_ROWS and private and same and plain and views and len(outputs) == 1)

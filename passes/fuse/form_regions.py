@@ -21,6 +21,8 @@ the edge of a region is left to its readers: fewer bytes. What is not fusable st
 
 from __future__ import annotations
 
+import itertools
+
 from torch.fx import GraphModule, Node
 
 from graphopt import edit
@@ -114,27 +116,28 @@ def _bytes(node: Node) -> int:
 
 
 def _share_launches(groups: Groups) -> None:
-    """Merge independent elementwise regions that read from, or are read by, the same region or node."""
+    """Merge independent elementwise regions that wait for the same region or node, or are read by the same one."""
+    waiting: dict[object, list[Group]] = {}
     for group in groups.all():
-        if group.kind != "rows" or group_rows(group) is not None or not group.nodes:
-            continue
-        for other in _siblings(groups, group):
-            small = len(group.nodes) + len(other.nodes) <= LARGEST
-            if small and not groups.makes_cycle([*group.nodes, *other.nodes]):
-                groups.join(group, list(other.nodes))
+        if group.kind == "rows" and group_rows(group) is None:
+            for neighbour in _neighbours(groups, group):
+                waiting.setdefault(neighbour, []).append(group)
+    for candidates in waiting.values():
+        for first, second in itertools.combinations(candidates, 2):
+            apart = first is not second and bool(first.nodes) and bool(second.nodes)
+            if apart and len(first.nodes) + len(second.nodes) <= LARGEST:
+                if not groups.makes_cycle([*first.nodes, *second.nodes]):
+                    moved = list(second.nodes)
+                    second.nodes = {}
+                    groups.join(first, moved)
 
 
-def _siblings(groups: Groups, group: Group) -> list[Group]:
-    neighbours = {p for n in group.nodes for p in producers(n) if p not in group.nodes and p.op != "placeholder"}
-    sources = {id(groups.of[p]) for p in neighbours if p in groups.of} | {id(p) for p in neighbours}
+def _neighbours(groups: Groups, group: Group) -> set[tuple[str, Group | Node]]:
+    """The latest region or node that a region waits for, and those that read it."""
+    sources = [p for n in group.nodes for p in producers(n) if p not in group.nodes and p.op != "placeholder"]
     readers = {r for n in group.nodes for r in consumers(n) if r not in group.nodes}
-    found = []
-    for other in groups.all():
-        if other is group or other.kind != "rows" or group_rows(other) is not None:
-            continue
-        theirs = {p for n in other.nodes for p in producers(n) if p not in other.nodes and p.op != "placeholder"}
-        same_source = any(id(p) in sources or (p in groups.of and id(groups.of[p]) in sources) for p in theirs)
-        same_reader = any(r in readers for n in other.nodes for r in consumers(n) if r not in other.nodes)
-        if same_source or same_reader:
-            found.append(other)
+    found: set[tuple[str, Group | Node]] = {("reads", groups.of.get(r, r)) for r in readers if r.op != "output"}
+    if sources:
+        latest = max(sources, key=groups.order.__getitem__)
+        found.add(("waits", groups.of.get(latest, latest)))
     return found

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from graphopt.index_map import IDENTITIES, RESHAPES, product, size_expression
 from graphopt.passes.fuse.groups import Group, chain, consumers, producers
-from graphopt.row_ops import ELEMENTWISE, PAIRS, REDUCTIONS, STRUCTURES, is_pick
+from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, STRUCTURES, is_pick
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -16,8 +16,10 @@ prims = torch.ops.prims
 ROW_KEEPING = RESHAPES | IDENTITIES | {aten.expand.default, prims.broadcast_in_dim.default}
 """Views that keep the order of rows."""
 
-Rows = tuple[sympy.Expr, sympy.Expr]
-"""The number of rows and of columns that a group's reductions run over."""
+Sizes = tuple[sympy.Expr, ...]
+Rows = tuple[sympy.Expr, sympy.Expr, tuple[Sizes, Sizes]]
+"""The number of rows and of columns that a group's reductions run over; and, when the columns are not the last
+dimensions, the shapes (without dimensions of 1) of the operand and of the rows, which its members must have."""
 
 
 def numel(node: Node) -> sympy.Expr:
@@ -27,8 +29,15 @@ def numel(node: Node) -> sympy.Expr:
     return sympy.expand(product([size_expression(s) for s in value.shape]))
 
 
-def rows_of(node: Node) -> Rows | None:
-    """Rows and columns of a reduction over the last dimensions; None for one over others."""
+def shape(node: Node) -> Sizes:
+    """The dimensions larger than 1 of a node's value, of the first of several."""
+    value = node.meta["val"]
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    return tuple(s for s in map(size_expression, value.shape) if s != 1)
+
+
+def rows_of(node: Node) -> Rows:
+    """Rows and columns of a reduction."""
     operand = node.args[0]
     assert isinstance(operand, Node)
     sizes = [size_expression(s) for s in operand.meta["val"].shape]
@@ -38,11 +47,11 @@ def rows_of(node: Node) -> Rows | None:
     else:
         listed = [given] if isinstance(given, int) else given
         dims = {int(d) % len(sizes) for d in listed} if sizes else set()  # type: ignore[union-attr, arg-type]
-    flags = [d in dims for d in range(len(sizes)) if sizes[d] != 1]
-    if flags != sorted(flags):
-        return None
-    columns = product([sizes[d] for d in dims])
-    return product([sizes[d] for d in range(len(sizes)) if d not in dims]), columns
+    real = [d for d in range(len(sizes)) if sizes[d] != 1]
+    flags = [d in dims for d in real]
+    kept = tuple(sizes[d] for d in real if d not in dims)
+    shapes: tuple[Sizes, Sizes] = ((), ()) if flags == sorted(flags) else (tuple(sizes[d] for d in real), kept)
+    return product(kept), product([sizes[d] for d in dims]), shapes
 
 
 def group_rows(group: Group) -> Rows | None:
@@ -62,19 +71,25 @@ def may_join(node: Node, group: Group) -> bool:
     rows = group_rows(group)
     mine = rows_of(node) if node.target in REDUCTIONS else None
     if node.target in REDUCTIONS:
-        if mine is None or node.target in PAIRS and len(group.nodes) > 64:
+        assert mine is not None
+        if not all(_has_shape(p, mine) for p in own):
             return False
         if rows is not None:
             return rows == mine and all(_keeps_rows(node, p) for p in own)
         return all(bool(numel(p) == mine[0] * mine[1]) and not _is_row_like(p, mine) for p in own)
     if rows is None:
         return all(numel(p) == numel(node) or _is_inlined(p, node, group) for p in own)
-    if numel(node) not in (sympy.expand(rows[0] * rows[1]), sympy.expand(rows[0])):
+    if numel(node) not in (sympy.expand(rows[0] * rows[1]), sympy.expand(rows[0])) or not _has_shape(node, rows):
         return False
     reduced = [p for p in own if depends_on_reduction(p, group)]
     if not reduced:
         return True
     return node.target in ELEMENTWISE and all(_keeps_rows(node, p) for p in reduced)
+
+
+def _has_shape(node: Node, rows: Rows) -> bool:
+    """With columns in the middle, places are only known for the operand's own shape, or the rows'."""
+    return rows[2] == ((), ()) or shape(node) in rows[2]
 
 
 def _is_row_like(node: Node, rows: Rows) -> bool:

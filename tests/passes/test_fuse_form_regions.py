@@ -67,6 +67,11 @@ def test_reductions_over_other_rows_are_refused() -> None:
     assert len(regions(lambda x: x.softmax(-1).softmax(0), torch.randn(6, 5))) == 2
 
 
+def test_columns_in_the_middle() -> None:
+    assert len(regions(lambda x: x.softmax(1) * 2, torch.randn(3, 5, 4))) == 1
+    assert len(regions(lambda x: (x.softmax(1).view(15, 4) * 2, x.sum(0)), torch.randn(3, 5, 4))) == 3
+
+
 def test_a_row_value_read_across_rows_is_refused() -> None:
     found = regions(lambda x: x.mean(-1).view(2, 3).t().reshape(6, 1) + x, torch.randn(6, 6))
     assert len(found) == 2
