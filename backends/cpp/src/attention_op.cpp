@@ -74,13 +74,36 @@ AttentionTask task_of(const Tensor& q, const Tensor& k, const Tensor& v, const M
   return task;
 }
 
+// Whether the mask hides a key from every query. In a mask of numbers only minus infinity does: all other numbers
+// leave a weight, however small.
+bool is_hidden(const AttentionTask& task, Dtype dtype, int64_t key) {
+  for (int64_t b = 0; b < (task.mask_stride[0] ? task.batch : 1); ++b)
+    for (int64_t h = 0; h < (task.mask_stride[1] ? task.heads : 1); ++h)
+      for (int64_t q = 0; q < (task.mask_stride[2] ? task.queries : 1); ++q) {
+        const int64_t at = b * task.mask_stride[0] + h * task.mask_stride[1] + q * task.mask_stride[2] + key * task.mask_stride[3];
+        if (task.mask_kind == AttentionTask::boolean) {
+          if (static_cast<const uint8_t*>(task.mask)[at]) return false;
+        } else if (task.mask_kind == AttentionTask::additive_fp32 || dtype == Dtype::fp32) {
+          if (static_cast<const float*>(task.mask)[at] != -std::numeric_limits<float>::infinity()) return false;
+        } else if (static_cast<const uint16_t*>(task.mask)[at] != (dtype == Dtype::fp16 ? 0xfc00 : 0xff80)) {
+          return false;
+        }
+      }
+  return true;
+}
+
 void run(Dtype dtype, const AttentionTask& task) {
   const Kernels& table = kernels();
   int64_t scratch_floats, part_floats;
   table.attention_floats(dtype, task, &scratch_floats, &part_floats);
   // Keys that no query may see are not read.
-  const int64_t end = task.causal ? std::min(task.keys, task.queries) : task.keys;
-  const int64_t begin = task.window ? std::min(std::max<int64_t>(0, 1 - task.window), end) : 0;
+  int64_t end = task.causal ? std::min(task.keys, task.queries) : task.keys;
+  int64_t begin = task.window ? std::min(std::max<int64_t>(0, 1 - task.window), end) : 0;
+  // Of a cache of fixed size only the used part is read: the rest, and padding on the left, the mask hides.
+  if (task.mask_kind != AttentionTask::none) {
+    while (end > begin + 1 && is_hidden(task, dtype, end - 1)) --end;
+    while (begin < end - 1 && is_hidden(task, dtype, begin)) ++begin;
+  }
   const int64_t blocks = (end - begin + key_unit - 1) / key_unit, heads = task.batch * task.kv_heads;
   const int64_t work = heads * (end - begin) * (task.heads / task.kv_heads) * task.queries * (task.dim + task.dim_v);
   const int64_t threads = std::clamp<int64_t>(std::min<int64_t>(work / work_worth_thread, heads * blocks), 1, at::get_num_threads());
