@@ -7,6 +7,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt import edit, ops
+from graphopt.runtime import kv as kv  # registers what cache operations do at call time
 from graphopt.runtime import prologue
 
 
