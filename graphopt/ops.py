@@ -74,7 +74,7 @@ def _attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 @operation(
     "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool is_causal=False, float scale,"
-    " float softcap=0., int window=0) -> Tensor",
+    " float softcap=0., int window=0, bool nan_rows=False) -> Tensor",
     _attention_shape,
 )
 def attention(
@@ -87,6 +87,7 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    nan_rows: bool = False,
 ) -> Tensor:
     """Scaled dot product attention: softmax(softcap(q k^T scale) + mask) v.
 
@@ -94,9 +95,10 @@ def attention(
     h // (H // Hkv)); mask broadcasts to [B, H, S, T] and is boolean (True takes part) or additive.
     is_causal: query i sees key j <= i (upper left alignment, as in F.scaled_dot_product_attention).
     softcap: scores become softcap * tanh(scores / softcap); 0 means none. window: query i sees key
-    j > i - window; 0 means none. Returns [B, H, S, Dv], laid out in memory as [B, S, H, Dv].
+    j > i - window; 0 means none. nan_rows: a row whose scores are all -inf gives NaN, as a plain softmax does, instead
+    of 0. Returns [B, H, S, Dv], laid out in memory as [B, S, H, Dv].
     """
-    if softcap == 0.0 and window == 0:
+    if softcap == 0.0 and window == 0 and not nan_rows:
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -111,7 +113,9 @@ def attention(
             scores = scores.masked_fill(~visible, float("-inf"))
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        out = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ values
+        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        weights = torch.softmax(wide, -1) if nan_rows else torch.ops.aten._safe_softmax(wide, -1)
+        out = weights.to(q.dtype) @ values
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

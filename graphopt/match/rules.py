@@ -15,7 +15,7 @@ from graphopt.match.pattern import Pattern, Traced
 
 # How many readings of one loose match are tried, and what share of a pattern makes a near miss worth telling.
 _TRIES = 12
-_WORTH_TELLING = 0.5
+_WORTH_TELLING = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ def apply(graph_module: fx.GraphModule, rules: Sequence[Rule]) -> int:
     finder = _Finder(graph_module)
     misses: list[tuple[fx.Node, Rule, search.Failure]] = []
     consumed: set[fx.Node] = set()
+    applied: set[str] = set()
     count = 0
     for node in list(reversed(graph_module.graph.nodes)):
         if node in consumed:
@@ -88,11 +89,12 @@ def apply(graph_module: fx.GraphModule, rules: Sequence[Rule]) -> int:
             if isinstance(match, Match):
                 count += finder.replace(rule, match)
                 consumed |= {node, *match.inside}
+                applied.add(rule.pattern.name)
                 break
             missed.append((node, rule, match))
         else:
             misses += missed
-    _tell(misses, consumed)
+    _tell(misses, consumed, applied)
     return count
 
 
@@ -103,23 +105,34 @@ def _fitting(rules: Sequence[Rule], node: fx.Node) -> Iterator[Rule]:
                 yield rule
 
 
-def _tell(misses: Iterable[tuple[fx.Node, Rule, search.Failure]], consumed: set[fx.Node]) -> None:
-    """Record the deepest near miss at each place that no rule rewrote."""
+def _tell(
+    misses: Iterable[tuple[fx.Node, Rule, search.Failure]], consumed: set[fx.Node], applied: set[str]
+) -> None:
+    """Record the deepest near miss at each place, and of each pattern that stands nowhere its deepest one."""
     deepest: dict[fx.Node, tuple[Rule, search.Failure]] = {}
+    nowhere: dict[str, tuple[fx.Node, Rule, search.Failure]] = {}
     for anchor, rule, miss in misses:
-        total = rule.pattern.skeleton.computing
-        if anchor in consumed or miss.node is None or miss.matched < total * _WORTH_TELLING:
+        name = rule.pattern.name
+        if anchor in consumed or miss.node is None or miss.matched < 2:
             continue
-        known = deepest.get(anchor)
-        if known is None or miss.matched > known[1].matched:
+        if name not in applied and (name not in nowhere or miss.matched > nowhere[name][2].matched):
+            nowhere[name] = anchor, rule, miss
+        near = _nearness(rule, miss)
+        if near[1] > _WORTH_TELLING and (anchor not in deepest or near > _nearness(*deepest[anchor])):
             deepest[anchor] = rule, miss
+    for anchor, rule, miss in nowhere.values():
+        deepest.setdefault(anchor, (rule, miss))
     for anchor, (rule, miss) in deepest.items():
         assert miss.node is not None
         edit.refuse(
-            miss.node,
+            miss.node if edit.source_line(miss.node) else anchor,
             f"{rule.pattern.name}: {miss.matched} of {rule.pattern.skeleton.computing} nodes matched"
             f" at %{anchor.name}; stopped at %{miss.node.name}: {miss.reason}",
         )
+
+
+def _nearness(rule: Rule, miss: search.Failure) -> tuple[bool, float]:
+    return miss.complete, miss.matched / rule.pattern.skeleton.computing
 
 
 class _Finder:
@@ -141,7 +154,8 @@ class _Finder:
         loose = search.Search(skeleton, _examples_of_numbers(rule.pattern), None, failure).results(anchor)
         if loose is None:
             return failure
-        failure = search.Failure()
+        # All operations are there: what fails now is a number, a cast, a view or a size at one of them.
+        failure = search.Failure(complete=True)
         for bound in search.bindings(loose[0], _TRIES):
             values = {**loose[0].numbers, **bound}
             values = {name: values[name] for name in rule.pattern.examples}
@@ -152,7 +166,7 @@ class _Finder:
             if exact is None and failure.by_reading:
                 continue
             if exact is None:
-                return failure
+                break
             state, results = exact
             inside = frozenset(state.passed | {anchor}) - set(results)
             match = Match(rule.pattern, values, tuple(results), inside)
@@ -160,6 +174,7 @@ class _Finder:
             if not reason:
                 return match
             failure.note(skeleton.computing, next(iter(state.pairs)), self._culprit(match), reason)
+        failure.matched = max(failure.matched, skeleton.computing - 1)
         return failure
 
     def replace(self, rule: Rule, match: Match) -> int:

@@ -40,7 +40,8 @@ COMMUTATIVE = frozenset(
 class Failure:
     """How far a search came: matched computations of the pattern, and what stopped it where.
 
-    by_reading: whether it might come further if the holes stood for other nodes.
+    by_reading: whether it might come further if the holes stood for other nodes. complete: whether all operations
+    of the pattern are there, so that only a number, a cast, a view, a size or another user is amiss.
     """
 
     matched: int = -1
@@ -48,6 +49,7 @@ class Failure:
     node: fx.Node | None = None
     reason: str = ""
     by_reading: bool = True
+    complete: bool = False
 
     def note(
         self, matched: int, pattern_node: fx.Node, node: fx.Node, reason: str, *, by_reading: bool = False
@@ -184,9 +186,9 @@ class Search:
         if known is not None:
             ranks = {node: rank + known[node] for node, rank in ranks.items() if node in known}
         if not ranks:
-            self.failure.note(
-                len(state.pairs), wanted.base, path.nodes[0], f"expected {name} again, found %{path.nodes[0].name}"
-            )
+            expected = min(known, key=known.__getitem__).name if known else ""
+            reason = f"expected {name} again (%{expected}), found %{path.nodes[0].name}"
+            self.failure.note(len(state.pairs), wanted.base, path.nodes[0], reason)
             return None
         state = state.copy()
         state.candidates[name] = ranks

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import capture, edit, pipeline
+from graphopt import _compat, capture, edit, pipeline
 from graphopt.options import Options
 
 
@@ -81,6 +81,7 @@ def trace(
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         return capture.capture(graph_module, inputs, compile_graph)
 
+    _compat.prepare_dynamo()
     torch.compiler.reset()
     return Traced(torch.compile(function, backend=backend, dynamic=dynamic), graphs)
 

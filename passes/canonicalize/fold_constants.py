@@ -75,7 +75,9 @@ def _repeated_element(value: torch.Tensor) -> bool | int | float | None:
     """The element that fills the whole tensor, if `full` can make it so, bit for bit."""
     if value.numel() == 0 or value.is_complex() or not value.is_contiguous():
         return None
-    element: bool | int | float = value.reshape(-1)[0].item()
-    filled = torch.full_like(value, element)
-    same = torch.equal(filled.view(torch.uint8), value.view(torch.uint8)) if value.dim() else element == element
-    return element if same else None
+    value = value.clone(memory_format=torch.contiguous_format).reshape(-1)  # of one element, the stride may be 0
+    element: bool | int | float = value[0].item()
+    if element != element:
+        return None  # printed in the graph's code, a NaN would lose its sign
+    filled = torch.full_like(value, element).view(torch.uint8)
+    return element if torch.equal(filled, value.view(torch.uint8)) else None

@@ -63,28 +63,6 @@ def simplest_mask(mask: fx.Node | None) -> fx.Node | None:
     return condition if same and condition.meta["val"].dim() == mask.meta["val"].dim() else mask
 
 
-def is_finite_mask(mask: fx.Node) -> bool:
-    """Whether an additive mask is made of finite constants and of the model's own weights."""
-    base = paths.walk(mask).base
-    if base.target is aten.where.self:
-        return all(_is_finite(value) for value in base.args[1:])
-    if base.target in (aten.add.Tensor, aten.mul.Tensor):
-        return all(_is_finite(value) for value in base.args[:2])
-    return _is_finite(base)
-
-
-def _is_finite(value: Any) -> bool:
-    if not isinstance(value, fx.Node):
-        return math.isfinite(value)
-    constant = _constant(value)
-    if constant is not None:
-        return math.isfinite(constant)
-    base = paths.walk(value).base
-    if base.target is aten.embedding.default:
-        base = paths.walk(base.args[0]).base  # type: ignore[arg-type]
-    return views.is_constant_input(base) or (base.op == "call_function" and base is not value and is_finite_mask(base))
-
-
 def _constant(value: Any) -> float | None:
     """The number that fills a tensor, if the graph says so."""
     if not isinstance(value, fx.Node):

@@ -6,8 +6,8 @@ become
     y = graphopt.attention(q, k, v, mask, scale=scale)
 
 Keys and values that were repeated for grouped heads are taken before the repetition, and an additive mask made of 0
-and -inf is taken as the boolean mask it was made from. Left alone: dropout, results besides the first one in use,
-and chains whose mask may hide a whole row by -inf: eager makes that row NaN, attention makes it 0.
+and -inf is taken as the boolean mask it was made from. A plain softmax makes a row that sees no key NaN, where the
+fused operators make it 0: `nan_rows` tells them apart. Left alone: dropout, and results besides the first in use.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ from torch import Tensor, fx
 
 from graphopt import edit, match, ops
 from graphopt.match.arguments import everything
-from graphopt.passes.recognize.attention_operands import (
-    is_finite_mask,
-    laid_out_anyhow,
-    simplest_mask,
-    ungrouped,
-)
+from graphopt.passes.recognize.attention_operands import laid_out_anyhow, simplest_mask, ungrouped
 from graphopt.pipeline import graph_pass
 
 aten = torch.ops.aten
@@ -110,21 +105,19 @@ def _chain(scaled: str, capped: bool, masked: bool, widened: bool, safe: bool) -
     return attention
 
 
-def _replacement(scaled: str) -> Callable[..., Any]:
+def _replacement(scaled: str, safe: bool) -> Callable[..., Any]:
     def attention(q: Tensor, kt: Tensor, v: Tensor, scale: float = 1.0, cap: float = 0.0, mask: Any = None) -> Any:
         factor = 1.0 / scale if scaled == "div" else scale
-        return ops.attention(q, kt.transpose(-1, -2), v, mask, scale=factor, softcap=cap)
+        return ops.attention(q, kt.mT, v, mask, scale=factor, softcap=cap, nan_rows=not safe)
 
     return attention
 
 
-def _why_not(safe: bool, found: match.Match) -> str:
+def _why_not(found: match.Match) -> str:
     if found.tensor("q").dim() != 4:
         return f"queries have {found.tensor('q').dim()} dimensions, not batch, head, position, channel"
     if "mask" in found.values and found.tensor("mask").dtype != found.tensor("q").dtype:
         return "the mask has another dtype than the queries"
-    if "mask" in found.values and not safe and not is_finite_mask(found["mask"]):
-        return f"the mask %{found['mask'].name} may hide a whole row by -inf: eager makes it NaN, attention 0"
     return ""
 
 
@@ -144,5 +137,5 @@ def _rules() -> tuple[match.Rule, ...]:
         examples |= {"cap": 50.25} if capped else {}
         examples |= {"mask": (2, 1, 3, 5)} if masked else {}
         found = match.pattern(name="attention", **examples)(_chain(*spelling))
-        rules.append(match.Rule(found, _replacement(scaled), functools.partial(_why_not, safe)))
+        rules.append(match.Rule(found, _replacement(scaled, safe), _why_not))
     return tuple(rules)

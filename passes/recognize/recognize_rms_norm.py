@@ -56,12 +56,17 @@ def _why_not(found: match.Match) -> str:
 
 _rms_norm = torch.ops.graphopt.rms_norm
 
+# The narrowest input first: what rounds last is also, on the widened input, what rounds first.
 RULES = (
-    match.Rule(_rounded_first, lambda x, weight, eps: _rms_norm(x, weight, eps), _why_not),
-    match.Rule(_rounded_last, lambda x, weight, eps: _rms_norm(x, weight, eps, 0.0, False), _why_not),
     match.Rule(
         _with_offset, lambda x, weight, eps, offset: _rms_norm(x, weight, eps, offset, False), _why_not
     ),
+    match.Rule(
+        _rounded_last,
+        lambda x, weight, eps: _rms_norm(x, weight, eps, 0.0, x.dtype == torch.float32),
+        _why_not,
+    ),
+    match.Rule(_rounded_first, lambda x, weight, eps: _rms_norm(x, weight, eps), _why_not),
     match.Rule(_without_weight, lambda x, eps: _rms_norm(x, None, eps)),
 )
 
