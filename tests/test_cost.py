@@ -26,7 +26,11 @@ def test_a_product_reads_both_operands_and_multiplies_and_adds() -> None:
 
 
 def test_a_region_reads_each_input_and_writes_each_output_once() -> None:
-    graph = captured(lambda a, b: ((a + b).relu() * 2 - a, a + b), torch.randn(4, 8), torch.randn(8))
+    def function(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = a + b
+        return total.relu() * 2 - a, total
+
+    graph = captured(function, torch.randn(4, 8), torch.randn(8))
     apart = cost.graph_cost(graph)
     form_regions(graph)
     fused = cost.graph_cost(graph)

@@ -25,7 +25,9 @@ def agrees(*inputs: torch.Tensor, tolerance: float = 1e-4, **settings: Any) -> s
     wide = [t.float() if t.is_floating_point() else t for t in inputs]
     got, compiled = run(function, *inputs, prepare=form_regions)
     assert compiled[0].fallbacks == [] and compiled[0].launches == 1
-    assert got.stride() == function(*inputs).stride()
+    want = function(*inputs)
+    strides = zip(got.stride(), want.stride(), got.shape, strict=True)
+    assert all(mine == eager for mine, eager, size in strides if size != 1)
     torch.testing.assert_close(got.float(), function(*wide), rtol=tolerance, atol=tolerance)
     return compiled[0].source
 
