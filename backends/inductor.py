@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from graphopt import _compat
-from graphopt.capture import GraphInfo, undecomposed
+from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
 from graphopt.lowering import Lowered, Lowering, choose, expand
 from graphopt.options import Options
 from graphopt.runtime import kv as kv  # what the cache operations do at call time
@@ -32,6 +32,7 @@ def compile_graph(
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     expand(graph_module, undecomposed())
     graph_module.recompile()
+    _compat.inductor_calls(*NEVER_DECOMPOSED)
     compiled = _compat.inductor_compile(
         graph_module,
         inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,16 @@ def inductor_decompositions() -> dict[Any, Any]:
 
     with inductor_config.patch(fallback_random=True):
         return dict(select_decomp_table())
+
+
+@functools.cache
+def inductor_calls(*operators: Any) -> None:
+    """Let Inductor call these operators as eager does, although it knows a decomposition of them."""
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    for operator in operators:
+        if operator not in lowerings:
+            make_fallback(operator, override_decomp=True)
 
 
 def inductor_compile(

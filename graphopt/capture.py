@@ -35,6 +35,9 @@ KEPT = (
     aten.bmm.default,
 )
 
+# Decompositions that give other numbers than eager: linspace of integers rounds where eager truncates.
+NEVER_DECOMPOSED = (aten.linspace.default,)
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphInfo:
@@ -65,7 +68,8 @@ def info(graph_module: fx.GraphModule) -> GraphInfo:
 @functools.cache
 def decompositions() -> dict[Any, Any]:
     """The table that captured graphs are decomposed with."""
-    return {op: function for op, function in _compat.inductor_decompositions().items() if op not in KEPT}
+    whole = {*KEPT, *NEVER_DECOMPOSED}
+    return {op: function for op, function in _compat.inductor_decompositions().items() if op not in whole}
 
 
 @functools.cache
