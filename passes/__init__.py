@@ -16,6 +16,7 @@ from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.start_with_room import start_with_room
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
+from graphopt.passes.quantize.quantize_embeddings import quantize_embeddings
 from graphopt.passes.quantize.quantize_linears import quantize_linears
 from graphopt.passes.recognize.drop_relayouts import drop_relayouts
 from graphopt.passes.recognize.recognize_attention import recognize_attention
@@ -57,7 +58,11 @@ def lossy(options: Options) -> tuple[Callable[..., int], ...]:
         return ()
     if isinstance(quantize.calibration, Calibration):
         rounding.register(quantize.calibration)
-    return (_bound(quantize_linears, quantize=quantize), merge_quantized_linears)
+    return (
+        _bound(quantize_linears, quantize=quantize),
+        _bound(quantize_embeddings, quantize=quantize),
+        merge_quantized_linears,
+    )
 
 
 def _bound(function: Callable[..., int], **keywords: Any) -> Callable[..., int]:

@@ -54,7 +54,8 @@ def measure(model: Any, ids: torch.Tensor, quantize: Quantize, target: str = "au
     from graphopt.quantization.plan import plan
 
     chosen = plan(model, quantize)
-    compiled = torch.compile(model, backend=backend, options={"quantize": chosen.quantize, "target": target})
+    options: dict[str, Any] = {"quantize": chosen.quantize, "target": target}
+    compiled = torch.compile(model, backend=backend, options=options)
     losses, other_losses, divergence, same = 0.0, 0.0, 0.0, 0
     with torch.no_grad():
         for text in ids:

@@ -107,7 +107,7 @@ def plan_weights(weights: Sequence[Weight], quantize: Quantize) -> Plan:
     for weight in weights:
         scheme, reason = choose(quantize, weight.name, weight.lm_head, assigned)
         if scheme is not None and not scheme.can_pack(weight.tensor):
-            scheme, reason = None, f"it holds infinities, NaN or values too large for {scheme.name}"
+            reason, scheme = f"it holds infinities, NaN or values too large for {scheme.name}", None
         layers.append(_layer(weight, scheme, quantize, reason))
         chosen.append((weight.name, scheme.name if scheme else ""))
     return Plan(tuple(layers), dataclasses.replace(quantize, assigned=tuple(chosen)))
@@ -166,25 +166,31 @@ def _layer(weight: Weight, scheme: schemes.Scheme | None, quantize: Quantize, re
     return Layer(weight.name, scheme.name, before, scheme.nbytes(rows, columns), of_weight, of_output)
 
 
-def _errors(weight: Weight, scheme: schemes.Scheme, quantize: Quantize) -> tuple[float, float | None]:
+def spelled(quantize: Quantize, name: str) -> str:
+    """The rounding method and the calibrated inputs of a weight as graphs name them; "" if there are none."""
     calibration = _calibration(quantize)
-    spelled = ""
-    if calibration is not None and calibration.find(weight.name) is not None:
-        rounding.register(calibration)
-        spelled = rounding.spell(quantize.rounding, calibration, weight.name)
+    if calibration is None or calibration.find(name) is None:
+        return ""
+    rounding.register(calibration)
+    return rounding.spell(quantize.rounding, calibration, name)
+
+
+def _errors(weight: Weight, scheme: schemes.Scheme, quantize: Quantize) -> tuple[float, float | None]:
     with _compat.real_execution():
-        found: tuple[float, float | None] = _measured(weight.tensor, scheme.name, spelled, transposed=weight.transposed)
+        found: tuple[float, float | None] = _measured(
+            weight.tensor, scheme.name, spelled(quantize, weight.name), transposed=weight.transposed
+        )
     return found
 
 
 @packs.packed
-def _measured(weight: Tensor, scheme: str, spelled: str, *, transposed: bool) -> tuple[float, float | None]:
+def _measured(weight: Tensor, scheme: str, inputs_name: str, *, transposed: bool) -> tuple[float, float | None]:
     """Relative errors of the weight and of the output on the calibration's rows; kept until the weight
     changes."""
     how = schemes.named(scheme)
     matrix = (weight.t() if transposed else weight).detach().float()
-    inputs = rounding.inputs_of(spelled) if spelled else None
-    rounded = rounding.approximated(matrix, how, inputs, spelled.partition(":")[0])
+    inputs = rounding.inputs_of(inputs_name) if inputs_name else None
+    rounded = rounding.approximated(matrix, how, inputs, inputs_name.partition(":")[0])
     difference = rounded - matrix
     of_weight = _relative(difference, matrix)
     if inputs is None:

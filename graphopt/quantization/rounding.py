@@ -82,7 +82,8 @@ def _inverse_factor(rows: Tensor, columns: int) -> Tensor:
     diagonal = hessian.diagonal()
     damping = _DAMPING * diagonal.mean().clamp(min=1e-8)
     diagonal += torch.where(diagonal == 0, 1.0, damping)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    return factor
 
 
 def channel_scale(weights: Sequence[Tensor], scheme: Scheme, inputs: Inputs, method: str) -> Tensor:

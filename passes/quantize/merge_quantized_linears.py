@@ -13,6 +13,7 @@ is not made from a weight of the model, stays out: it might need the result of a
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -29,33 +30,45 @@ def merge_quantized_linears(graph_module: fx.GraphModule) -> int:
     for node in graph_module.graph.nodes:
         if node.target is not operations.quantized_linear:
             continue
-        if _reads_only_weights(node):
-            groups.setdefault((node.args[0], node.args[3]), []).append(node)
+        x, parts, bias, scheme = _arguments(node)
+        if (bias is None or bias.op == "placeholder") and all(map(_is_made_from_a_weight, parts)):
+            groups.setdefault((x, scheme), []).append(node)
         else:
             edit.refuse(node, "its weight or bias is computed in the graph")
     return sum(_merge(graph_module, group) for group in groups.values() if len(group) > 1)
 
 
-def _reads_only_weights(node: fx.Node) -> bool:
-    _, parts, bias, _ = node.args
-    packed = all(
-        part.target is operator.getitem
-        and part.args[0].target is operations.quantize_weight
-        and views.is_constant_input(part.args[0].args[0])
-        for part in parts
-    )
-    return packed and (bias is None or bias.op == "placeholder")
+def _arguments(linear: fx.Node) -> tuple[Any, ...]:
+    """x, packed weight, bias or None, scheme."""
+    return linear.args
+
+
+def _is_made_from_a_weight(part: fx.Node) -> bool:
+    """Whether a packed tensor depends on nothing but weights of the model."""
+    if part.target is operator.getitem or part.target in (operations.quantize_weight, operations.input_scales):
+        return all(map(_is_made_from_a_weight, part.all_input_nodes))
+    return views.is_constant_input(part)
 
 
 def _merge(graph_module: fx.GraphModule, group: list[fx.Node]) -> int:
     first = group[0]
-    x, _, _, scheme = first.args
-    parts = [part for node in group for part in node.args[1]]
-    for ready in (*dict.fromkeys(part.args[0] for part in parts), *dict.fromkeys(parts)):
+    x, _, _, scheme = _arguments(first)
+    parts = [part for node in group for part in _arguments(node)[1]]
+    for ready in _in_order(graph_module, parts):
         first.prepend(ready)
     with edit.rewriting(graph_module, first) as rewrite:
-        biases = [node.args[2] for node in group]
+        biases = [_arguments(node)[2] for node in group]
         merged = rewrite.call(operations.parallel_quantized_linear, x, parts, biases, scheme)
         for index, node in enumerate(group):
             rewrite.replace(node, rewrite.call(operator.getitem, merged, index))
     return rewrite.applied
+
+
+def _in_order(graph_module: fx.GraphModule, parts: list[fx.Node]) -> list[fx.Node]:
+    """The nodes that pack the given parts, in graph order."""
+    needed, waiting = set(parts), list(parts)
+    while waiting:
+        sources = [node for node in waiting.pop().all_input_nodes if node.op == "call_function"]
+        waiting.extend(node for node in sources if node not in needed)
+        needed.update(sources)
+    return [node for node in graph_module.graph.nodes if node in needed]

@@ -42,34 +42,39 @@ def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
         assigned = dict(plan.plan_weights(_weights(linears, heads), quantize).quantize.assigned)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in linears:
-        name = _name(node)
+        x, weight, *bias = _arguments(node)
+        name = _name(weight)
         scheme, reason = plan.choose(quantize, name, node in heads, assigned)
-        reason = reason or _why_not(node.args[1], scheme)
+        reason = reason or _why_not(weight, scheme)
         if scheme is None or reason:
             edit.refuse(node, f"{name}: {reason}" if name else reason)
             continue
         calibrated = plan.inputs_for(quantize, name) is not None
         if quantize.rounding != "nearest" and not calibrated:
             edit.refuse(node, f"{name}: the calibration has not seen it, so it gets the nearest codes")
-        shares = (
-            calibrated and quantize.rounding in rounding.SCALED and all(n.op == "placeholder" for n in node.args[2:])
-        )
+        shares = calibrated and quantize.rounding in rounding.SCALED and all(n.op == "placeholder" for n in bias)
         alone = () if shares else (node,)
-        groups.setdefault((node.args[0], scheme, _is_transposed(node.args[1]), calibrated, *alone), []).append(node)
+        groups.setdefault((x, scheme, _is_transposed(weight), calibrated, *alone), []).append(node)
     return sum(_rewrite(graph_module, group, key[1], quantize, key[3]) for key, group in groups.items())
 
 
-def _name(linear: fx.Node) -> str:
-    return weight_name(views.root(linear.args[1]).meta.get("source", ""))
+def _arguments(linear: fx.Node) -> tuple[Any, ...]:
+    """x, weight and, if it has one, bias."""
+    return linear.args
+
+
+def _name(weight: fx.Node) -> str:
+    return weight_name(views.root(weight).meta.get("source", ""))
 
 
 def _weights(linears: Sequence[fx.Node], heads: set[fx.Node]) -> list[plan.Weight]:
     """The weights that may be quantised and are at hand, each once, for the solver."""
     found = {}
     for node in linears:
-        tensor = capture.weight_tensor(views.root(node.args[1]))
-        if tensor is not None and not _why_not(node.args[1], None):
-            found[_name(node)] = plan.Weight(_name(node), tensor, _is_transposed(node.args[1]), node in heads)
+        weight = _arguments(node)[1]
+        tensor = capture.weight_tensor(views.root(weight))
+        if tensor is not None and not _why_not(weight, None):
+            found[_name(weight)] = plan.Weight(_name(weight), tensor, _is_transposed(weight), node in heads)
     return list(found.values())
 
 
@@ -106,23 +111,23 @@ def _rewrite(
     graph_module: fx.GraphModule, group: Sequence[fx.Node], scheme: Scheme, quantize: Quantize, calibrated: bool
 ) -> int:
     """Rewrite linears of one input; only those that share a scale for its channels come together."""
-    keywords: dict[str, Any] = {"transposed": True} if _is_transposed(group[0].args[1]) else {}
-    spelled = rounding.spell(quantize.rounding, quantize.calibration, _name(group[0])) if calibrated else ""
+    weights = [_arguments(node)[1] for node in group]
+    keywords: dict[str, Any] = {"transposed": True} if _is_transposed(weights[0]) else {}
+    spelled = plan.spelled(quantize, _name(weights[0])) if calibrated else ""
     with edit.rewriting(graph_module, group[0]) as rewrite:
-        x, scale = group[0].args[0], None
+        x, scale = _arguments(group[0])[0], None
         if spelled and quantize.rounding in rounding.SCALED:
-            roots = [views.root(node.args[1]) for node in group]
+            roots = [views.root(weight) for weight in weights]
             both = rewrite.call(operations.input_scales, roots, scheme.name, spelled, **keywords)
             scale = rewrite.call(operator.getitem, both, 0)
             x = rewrite.inline(_scaled, x, rewrite.call(operator.getitem, both, 1))
         elif spelled:
             keywords["rounding"] = spelled
-        for node in group:
-            weight, *bias = node.args[1:]
+        for node, weight in zip(group, weights, strict=True):
             packed = rewrite.call(operations.quantize_weight, views.root(weight), scheme.name, scale, **keywords)
             parts = [rewrite.call(operator.getitem, packed, index) for index in range(scheme.parts)]
-            given = bias[0] if bias else None
-            rewrite.replace(node, rewrite.call(operations.quantized_linear, x, parts, given, scheme.name))
+            bias = _arguments(node)[2] if len(node.args) > 2 else None
+            rewrite.replace(node, rewrite.call(operations.quantized_linear, x, parts, bias, scheme.name))
     return rewrite.applied
 
 
@@ -133,10 +138,10 @@ def _scaled(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 def _lm_heads(graph_module: fx.GraphModule, linears: list[fx.Node]) -> set[fx.Node]:
     """The linears that score a vocabulary: no linear follows, and they have as many rows as an embedding
     table."""
-    lookups = [node for node in graph_module.graph.nodes if node.target is aten.embedding.default]
-    tables = {node.args[0].meta["val"].shape[0] for node in lookups}
+    nodes = list(graph_module.graph.nodes)
+    tables = {_arguments(node)[0].meta["val"].shape[0] for node in nodes if node.target is aten.embedding.default}
     feeding: set[fx.Node] = set()
-    for node in reversed(graph_module.graph.nodes):
+    for node in reversed(nodes):
         if any(user.target is ops.linear or user in feeding for user in node.users):
             feeding.add(node)
-    return {node for node in linears if node not in feeding and node.args[1].meta["val"].shape[0] in tables}
+    return {node for node in linears if node not in feeding and _arguments(node)[1].meta["val"].shape[0] in tables}

@@ -1,0 +1,86 @@
+"""Look rows up in a packed table instead of the full-precision one.
+
+    rows = embedding(table, indices)
+becomes
+    packed = graphopt.quantize_weight(table, "int8")
+    rows = graphopt.quantized_embedding(indices, [packed[0], packed[1]], 64, bfloat16, "int8")
+
+Only with `Quantize(embeddings=True)`: a look-up reads few bytes anyway, so that this saves memory, not time. A table
+that is also the weight of a quantised linear (tied) takes that linear's scheme, and both read one pack.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import capture, edit, views
+from graphopt.pipeline import graph_pass
+from graphopt.quantization import operations, plan, schemes
+from graphopt.quantization.names import weight_name
+from graphopt.quantization.release import is_released
+from graphopt.quantize_options import Quantize
+
+aten = torch.ops.aten
+INT8 = Quantize("int8", embeddings=True)
+
+
+@graph_pass(exactness="lossy", stage="quantize", training=False, after="quantize_linears")
+def quantize_embeddings(graph_module: fx.GraphModule, *, quantize: Quantize = INT8) -> int:
+    """Replace look-ups in weights by `graphopt.quantized_embedding` where the options ask for it."""
+    count = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target is not aten.embedding.default or not quantize.embeddings:
+            continue
+        table, indices, *_ = _arguments(node)
+        name = weight_name(table.meta.get("source", ""))
+        scheme, reason = _tied_scheme(table) or plan.choose(quantize, name, False, dict(quantize.assigned))
+        reason = reason or _why_not(table, scheme)
+        if scheme is None or reason:
+            edit.refuse(node, f"{name}: {reason}" if name else reason)
+            continue
+        value = node.meta["val"]
+        with edit.rewriting(graph_module, node) as rewrite:
+            packed = rewrite.call(operations.quantize_weight, table, scheme.name, None)
+            parts = [rewrite.call(operator.getitem, packed, index) for index in range(scheme.parts)]
+            rows = rewrite.call(
+                operations.quantized_embedding, indices, parts, value.shape[-1], value.dtype, scheme.name
+            )
+            rewrite.replace(node, rows)
+        count += rewrite.applied
+    return count
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _tied_scheme(table: fx.Node) -> tuple[schemes.Scheme, str] | None:
+    """The scheme in which a linear reads the same table, if one does and its pack is the plain one."""
+    for user in table.users:
+        plain = user.target is operations.quantize_weight and len(user.args) > 2 and user.args[2] is None
+        if plain and not user.kwargs:
+            return schemes.named(_arguments(user)[1]), ""
+    return None
+
+
+def _why_not(table: fx.Node, scheme: schemes.Scheme | None) -> str:
+    value = table.meta["val"]
+    if table.op != "placeholder" or not views.is_constant_input(table):
+        return "the table is computed in the graph or an argument of the call"
+    if value.dim() != 2 or not value.dtype.is_floating_point or value.element_size() < 2:
+        return f"the table is kept in {value.dtype} with {value.dim()} dimensions"
+    if any(not isinstance(size, int) for size in value.shape) or value.numel() == 0:
+        return "the table has a symbolic size or no elements"
+    if scheme is None:
+        return ""
+    before, after = value.numel() * value.element_size(), scheme.nbytes(*value.shape)
+    if after >= before:
+        return f"as {scheme.name} it would take {after} bytes instead of {before}"
+    tensor = capture.weight_tensor(table)
+    if tensor is not None and not is_released(tensor) and not scheme.can_pack(tensor):
+        return f"the table holds infinities, NaN or values too large for {scheme.name}"
+    return ""
