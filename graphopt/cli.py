@@ -135,7 +135,7 @@ def quality(
 @app.command()
 def bisect(
     command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
-    output: Annotated[bool, typer.Option("--output", help="Wrong means: another output than without rewrites.")] = False,
+    output: Annotated[bool, typer.Option("--output", help="Wrong means: another output than without any.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds for one run; longer counts as wrong.")] = None,
 ) -> None:
     """Find the rewrite that breaks a program: `graphopt bisect -- python generate.py`."""

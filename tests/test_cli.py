@@ -182,6 +182,10 @@ def test_bench_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_limits_keep_the_higher_of_two_measurements() -> None:
+    assert figures.Limits(1.0, 5.0, 2).best(figures.Limits(3.0, 4.0, 2)) == figures.Limits(3.0, 5.0, 2)
+
+
 def test_table_has_a_column_for_each_system() -> None:
     agreement = figures.Agreement(3, 4, 1, 0.5)
     row = figures.Figures("eager", "decode", (1.0, 2.0, 3.0), 0.0, 2**20, agreement)

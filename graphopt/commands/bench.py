@@ -87,6 +87,8 @@ def run(plan: Plan, step: Step) -> BenchResult:
                     worker.call("load", plan.source, plan.dtype, worker.system)
             costs[work], found = compare(running, request, plan.dtype, plan.rounds, step)
             rows += found
+    with step("measure the machine again"):
+        limits = limits.best(measure_limits(plan.dtype))
     return BenchResult(
         plan.source.name, plan.dtype, plan.batch, machine(), versions(), limits, plan.cold, costs, tuple(rows)
     )

@@ -20,6 +20,11 @@ class Limits:
     matmul_rate: float
     threads: int
 
+    def best(self, other: Limits) -> Limits:
+        """The higher of two measurements: whatever else the machine does can only lower them."""
+        rate = max(self.matmul_rate, other.matmul_rate)
+        return Limits(max(self.read_bandwidth, other.read_bandwidth), rate, self.threads)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
