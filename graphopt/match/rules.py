@@ -113,7 +113,7 @@ def _tell(
     nowhere: dict[str, tuple[fx.Node, Rule, search.Failure]] = {}
     for anchor, rule, miss in misses:
         name = rule.pattern.name
-        if anchor in consumed or miss.node is None or miss.matched < 2:
+        if anchor in consumed or miss.node is None or not (miss.complete or miss.matched > 1):
             continue
         if name not in applied and (name not in nowhere or miss.matched > nowhere[name][2].matched):
             nowhere[name] = anchor, rule, miss
@@ -184,7 +184,9 @@ class _Finder:
         key = rule, _signature(match.values), tuple(nodes.index(node) for node in nodes)
         with edit.rewriting(self.graph_module, first) as rewriting:
             if key not in self.replacements:
-                self.replacements[key] = rewriting.trace(rule.replacement, **match.values)
+                self.replacements[key] = rewriting.trace(
+                    rule.replacement, decompositions=capture.decompositions(), **match.values
+                )
             made = rewriting.paste(self.replacements[key], list(dict.fromkeys(nodes)))
             new = made if isinstance(made, (list, tuple)) else (made,)
             for old, replacement in zip(match.results, new, strict=True):

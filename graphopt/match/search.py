@@ -113,6 +113,7 @@ class Search:
                 self.failure.note(len(state.pairs), path.base, base, f"expected {path.describe()} behind it")
                 return None
             shown.append(node)
+            state.passed.update(paths.walk(node, (base,)).nodes)
         return state, shown
 
     def _elsewhere(self, wanted: fx.Node, state: State) -> tuple[State | None, fx.Node]:
