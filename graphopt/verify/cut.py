@@ -26,7 +26,8 @@ _MOST_NODES = 400
 class Pair:
     """One rewrite by itself: graphs `before` and `after` have the same placeholders and as many outputs.
 
-    exposed: for each output whether the user may see its memory (it is returned by the graph, or written into).
+    exposed: for each output whether the user may see its memory (it is returned by the graph, or written into);
+    exposed_inputs: the same for the inputs, if any output is exposed.
     """
 
     provenance: Provenance
@@ -181,6 +182,8 @@ def _build(application: Application, made: _Cut) -> Pair:
     before = _graph(application.graph_module, inputs, made.old, olds, order)
     # Nodes needed by the new side that only the old cone holds (a new node that reads the node it replaces).
     after = _graph(application.graph_module, inputs, made.new | _missing(made, news), news, order)
+    exposed = tuple(_is_exposed(old) for old in olds)
+    owners = [_memory_owner(node) for node in inputs]
     where = next(filter(None, map(source_line, olds)), "")
     return Pair(
         application.provenance,
@@ -189,8 +192,8 @@ def _build(application: Application, made: _Cut) -> Pair:
         before,
         after,
         where,
-        tuple(_is_exposed(old) for old in olds),
-        tuple(node.op == "placeholder" or _is_exposed(node) for node in map(_memory_owner, inputs)),
+        exposed,
+        tuple(any(exposed) and (node.op == "placeholder" or _is_exposed(node)) for node in owners),
     )
 
 
