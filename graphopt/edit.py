@@ -206,7 +206,8 @@ class Rewrite:
         if self.permitted:
             difference = shapes.difference(old.meta.get("val"), new.meta.get("val"))
             if difference and (self._same_layout or not difference.startswith("stride")):
-                raise PassError(f"{self.provenance.pass_name} replaces {old.name} by {new.name} of another {difference}")
+                name = self.provenance.pass_name
+                raise PassError(f"{name} replaces {old.name} by {new.name} of another {difference}")
         self._pairs.append((old, new))
 
     def _adopt(self, node: fx.Node) -> None:
@@ -319,5 +320,5 @@ def _never_drops(node: fx.Node) -> bool:
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[position] if position < len(node.args) else None
-            return node.kwargs.get("dropout_p", argument.default_value if given is None else given) == 0.0
+            return bool(node.kwargs.get("dropout_p", argument.default_value if given is None else given) == 0.0)
     return False

@@ -143,7 +143,7 @@ def is_constant_input(node: fx.Node) -> bool:
 def transpose_source(node: fx.Node) -> fx.Node | None:
     """The [N, K] tensor that `node` [..., K, N] is the transpose of, repeated over all other dimensions, if any.
 
-    Compared are addresses (strides and offset), so that any chain of permute, expand, unsqueeze and view is seen through.
+    Addresses (strides and offset) are compared, so any chain of permute, expand, unsqueeze and view is seen through.
     """
     value = node.meta["val"]
     if value.dim() < 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -61,7 +61,7 @@ def walk(node: fx.Node, stop: Collection[fx.Node] = ()) -> Path:
 
 
 def kind(node: fx.Node) -> str | None:
-    """What a node does to the value of its first argument: "reshape", "permute", ..., "copy", "cast"; None if it computes."""
+    """What a node does to the value of its first argument: "reshape", "copy", "cast", ...; None if it computes."""
     target = node.target
     if target in _COPIES or _is_identity_product(node):
         return "copy"
@@ -89,7 +89,7 @@ def _is_identity_product(node: fx.Node) -> bool:
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or isinstance(node.args[1], (fx.Node, bool)):
         return False
     source: Any = node.args[0]
-    return node.args[1] == 1 and node.meta["val"].dtype == source.meta["val"].dtype
+    return bool(node.args[1] == 1) and node.meta["val"].dtype == source.meta["val"].dtype
 
 
 def _is_whole(node: fx.Node) -> bool:
@@ -99,13 +99,12 @@ def _is_whole(node: fx.Node) -> bool:
 
 def _step(node: fx.Node) -> Step:
     rank = views.source(node).meta["val"].dim()
-    name, arguments = kind(node), node.args[1:]
+    name, arguments = kind(node), cast(tuple[Any, ...], node.args[1:])
     if name in ("reshape", "expand"):
         return name, sizes(node)
     if name == "permute":
-        dims: Any = arguments[0]
-        return name, tuple(dim % rank for dim in dims)
-    dim = int(arguments[0]) % rank if arguments else 0  # type: ignore[call-overload]
+        return name, tuple(dim % rank for dim in arguments[0])
+    dim = arguments[0] % rank if arguments else 0
     if name == "select":
         return name, dim, _expression(arguments[1])
     return name, dim, *_bounds(node, sizes(views.source(node))[dim]), _expression((*arguments, 0, 0, 0, 1)[3])

@@ -61,7 +61,7 @@ class Pattern:
         module = _compat.trace(call, [values[name] for name in tensors], capture.decompositions())
         edit.eliminate_dead_code(module)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        results = module.graph.output_node().args[0]
+        results: Any = module.graph.output_node().args[0]
         computing = sum(
             node.op == "call_function"
             and isinstance(node.meta["val"], torch.Tensor)

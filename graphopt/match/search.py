@@ -172,9 +172,8 @@ class Search:
         for order in _orders(wanted, ours):
             matched: State | None = state
             for operand, given in zip(theirs, order, strict=True):
-                matched = self.value(operand, given, matched)
-                if matched is None:
-                    break
+                if matched is not None:
+                    matched = self.value(operand, given, matched)
             if matched is not None:
                 return matched
         return None

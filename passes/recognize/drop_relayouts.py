@@ -10,8 +10,11 @@ lie in memory as the second copy does, both copies are superfluous.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from graphopt import edit, shapes, views
 from graphopt.match import paths
@@ -42,7 +45,7 @@ def _drop(graph_module: fx.GraphModule, node: fx.Node, exposure: views.Exposure)
         for seen in reversed(path[1:last]):
             if not views.is_view(seen) or seen.target is aten.view.default:
                 return 0  # a view may not exist on the other layout
-            new = rewrite.call(seen.target, new, *seen.args[1:], **seen.kwargs)
+            new = rewrite.call(cast(OpOverload, seen.target), new, *seen.args[1:], **seen.kwargs)
         same = views.original(new)
         if not shapes.difference(node.meta["val"], new.meta["val"]) and exposure.may_become(node, same):
             rewrite.replace(node, same)

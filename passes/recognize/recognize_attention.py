@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -76,7 +76,7 @@ def _replace_fused(graph_module: fx.GraphModule, node: fx.Node) -> int:
 
 def _simplify(graph_module: fx.GraphModule, node: fx.Node) -> int:
     """Read keys, values and mask of an attention from where they come from."""
-    q, k, v, mask = (*node.args, None)[:4]
+    q, k, v, mask = cast(tuple[Any, ...], (*node.args, None)[:4])
     simple = (laid_out_anyhow(q), *ungrouped(k, v), simplest_mask(mask))
     if simple == (q, k, v, mask):
         return 0
@@ -97,7 +97,8 @@ def _chain(scaled: str, capped: bool, masked: bool, widened: bool, safe: bool) -
         if masked:
             scores = scores + mask
         if safe:
-            return aten._safe_softmax(scores, -1) @ v
+            weights: Tensor = aten._safe_softmax(scores, -1)
+            return weights @ v
         if widened:
             return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
         return torch.softmax(scores, -1) @ v

@@ -10,8 +10,11 @@ the caller gets `z` as a view into the larger result, whose strides it can see.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from graphopt import edit, ops, shapes, views
 from graphopt.match import paths
@@ -69,6 +72,6 @@ def _sees_strides(user: fx.Node) -> bool:
 def _move(graph_module: fx.GraphModule, node: fx.Node, piece: fx.Node) -> int:
     x, *rest = node.args
     with edit.rewriting(graph_module, piece) as rewrite:
-        rows = rewrite.call(piece.target, x, *piece.args[1:], **piece.kwargs)
+        rows = rewrite.call(cast(OpOverload, piece.target), x, *piece.args[1:], **piece.kwargs)
         rewrite.replace(piece, rewrite.call(ops.linear, rows, *rest), same_layout=_lies_dense(piece))
     return rewrite.applied
