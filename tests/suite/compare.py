@@ -143,7 +143,7 @@ def _gradients(tree: Any) -> list[torch.Tensor | None]:
 
 def _backward(outputs: Any) -> None:
     differentiable = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
-    seeds = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.real.dtype).reshape(t.shape).to(t.dtype) for t in differentiable]
+    seeds = [torch.linspace(0.5, 1.5, root.numel()).reshape(root.shape).to(root.dtype) for root in differentiable]
     torch.autograd.backward(differentiable, seeds)
 
 

@@ -47,13 +47,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a case; `status` is passed, failed, or vacuous (no sample that eager accepts)."""
+    """What became of a case; `status` is passed, or vacuous when eager accepts no sample."""
 
     status: str
     samples: int = 0
     graphs: int = 0
-    reason: str = ""
-    message: str = ""
 
 
 @functools.cache

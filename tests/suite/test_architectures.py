@@ -1,6 +1,7 @@
 """Tiny models of many architectures through the backend: forward, padding, generation, bfloat16, gradients."""
 
 import pytest
+
 from tests.suite import architectures
 
 CASES = [

@@ -88,7 +88,8 @@ def test_no_dimensions_mixed_dtypes(target: str) -> None:
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1, 3), (1, 5, 1)], ids=str)
 def test_dimensions_of_size_one(shape: tuple[int, ...], target: str) -> None:
     def program(x: torch.Tensor) -> Any:
-        return x.squeeze(), x.sum(0, keepdim=True), x + torch.ones(4, *([1] * x.dim())), x.flip(0), x.std(unbiased=False)
+        broadcast = x + torch.ones(4, *([1] * x.dim()))
+        return x.squeeze(), x.sum(0, keepdim=True), broadcast, x.flip(0), x.std(unbiased=False)
 
     like_eager(program, torch.randn(shape), target=target)
 

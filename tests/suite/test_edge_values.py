@@ -1,4 +1,4 @@
-"""Edge programs: NaN and infinities, dtype promotion, integer arithmetic, complex, float8, sparse, no tensors at all."""
+"""Edge programs: NaN and infinities, promotion, integer arithmetic, complex, float8, sparse, no tensors at all."""
 
 import math
 from collections.abc import Callable
