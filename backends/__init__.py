@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from graphopt.backends import cpu, inductor, reference
+from graphopt.backends.triton import target as triton_target
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Lowered
 from graphopt.options import Options
@@ -21,6 +22,7 @@ CompileGraph = Callable[[fx.GraphModule, Sequence[Any], GraphInfo, Options], Low
 TARGETS: dict[str, CompileGraph] = {
     "cpu": cpu.compile_graph,
     "inductor": inductor.compile_graph,
+    "triton": triton_target.compile_graph,
     "reference": reference.compile_graph,
 }
 

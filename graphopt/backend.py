@@ -34,8 +34,10 @@ def graphopt(
     in `graphopt.counters` and named in the report; under `strict=True` it raises instead.
     """
     chosen = Options.parse(mode, options)
-    arranged = pipeline.arrange((*passes.PIPELINE, *passes.lossy(chosen), *chosen.passes))
-    backends.prepare(backends.resolve(chosen.target, inputs))
+    target = backends.resolve(chosen.target, inputs)
+    wanted = (*passes.PIPELINE, *passes.lossy(chosen), *passes.FOR_TARGET.get(target, ()), *chosen.passes)
+    arranged = pipeline.arrange(wanted)
+    backends.prepare(target)
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
         with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen)):

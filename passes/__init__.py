@@ -12,6 +12,7 @@ from graphopt.passes.canonicalize.fold_constants import fold_constants
 from graphopt.passes.canonicalize.merge_common_nodes import merge_common_nodes
 from graphopt.passes.canonicalize.remove_noops import remove_noops
 from graphopt.passes.canonicalize.simplify_shapes import simplify_shapes
+from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.start_with_room import start_with_room
@@ -49,6 +50,10 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     # fuse: fewer bytes
     merge_parallel_linears,
 )
+
+
+# What a target needs beyond the pipeline.
+FOR_TARGET: dict[str, tuple[Callable[..., int], ...]] = {"triton": (form_regions,)}
 
 
 def lossy(options: Options) -> tuple[Callable[..., int], ...]:

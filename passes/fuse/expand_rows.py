@@ -3,7 +3,8 @@
     native_layer_norm(x, [H], w, b, eps)  ->  var_mean, sub, add, rsqrt, mul, mul, add
     graphopt.rms_norm(x, w, eps)          ->  to_float, pow, mean, add, rsqrt, mul, to_bf16, mul
 
-Linears and attention stay whole: they have kernels of their own.
+Linears and attention stay whole: they have kernels of their own. So do cache operations: they hand out memory, and
+their meaning writes into it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from graphopt import capture, edit, ops
 
 aten = torch.ops.aten
 
-_WHOLE = ("linear", "parallel_linear", "attention")
+_ROWS = (ops.rms_norm, ops.rope)
 _COMPOSITES = (aten.native_layer_norm.default, aten._fused_rms_norm.default, aten._softmax.default)
 
 
@@ -26,9 +27,7 @@ def expand_rows(graph_module: GraphModule) -> int:
     count = 0
     for node in list(graph_module.graph.nodes):
         meaning = ops.meaning(node.target)
-        if meaning is not None and str(node.target).split(".")[1] in _WHOLE:
-            continue
-        function = meaning or (node.target if node.target in table else None)
+        function = meaning if node.target in _ROWS else (node.target if node.target in table else None)
         if function is None:
             continue
         with edit.rewriting(graph_module, node) as rewrite:

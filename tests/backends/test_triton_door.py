@@ -1,0 +1,49 @@
+"""The Triton target through the public door: `torch.compile(..., options={"target": "triton"})` on CPU tensors."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import graphopt
+from graphopt.testing import check_model
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, vocab_size=100, **shape)  # type: ignore[arg-type]
+    ).eval()
+
+
+def test_generate_with_a_growing_cache_gives_eager_tokens() -> None:
+    model, ids = tiny_llama(), torch.arange(14).view(2, 7)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.compile(backend="graphopt", options={"target": "triton"})
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_report_names_kernels_and_what_was_left_to_torch() -> None:
+    with torch.no_grad():
+        report = graphopt.explain(tiny_llama(), torch.arange(7)[None], options={"target": "triton"})
+    (graph,) = report.graphs
+    assert graph.target == "triton"
+    assert {choice.lowering for choice in graph.lowerings} == {"triton"}
+    assert all(fallback.reason for fallback in graph.fallbacks)
+
+
+def test_without_triton_the_graph_runs_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    before = graphopt.counters["fallbacks"]
+    compiled = torch.compile(lambda x: torch.softmax(x * 2, -1), backend="graphopt", options={"target": "triton"})
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(compiled(x), torch.softmax(x * 2, -1))
+    assert graphopt.counters["fallbacks"] > before
+
+
+def test_softmax_and_a_reduction_over_rows() -> None:
+    check_model(lambda x: torch.softmax(x * 2, -1).sum(0), torch.randn(3, 41), options={"target": "triton"})
