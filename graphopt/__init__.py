@@ -7,6 +7,7 @@ from graphopt.explanation import explain
 from graphopt.options import Options
 from graphopt.pipeline import graph_pass
 from graphopt.quantization.calibration import Calibration, calibrate
+from graphopt.quantization.gguf_file import load_gguf
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.release import release_weights
 from graphopt.quantization.store import load_quantized, save_quantized
@@ -25,6 +26,7 @@ __all__ = [
     "counters",
     "explain",
     "graph_pass",
+    "load_gguf",
     "load_quantized",
     "plan",
     "release_weights",

@@ -9,7 +9,7 @@ from graphopt.quantization import operations, release
 from graphopt.runtime import packs, prologue
 
 
-@prologue.call_time(operations.quantize_weight)
+@prologue.call_time(operations.quantize_weight, packs_weights=True)
 @packs.packed
 def pack_weight(
     weight: Tensor, scheme: str, scale: Tensor | None = None, *, transposed: bool = False, rounding: str = ""
@@ -26,7 +26,7 @@ def pack_weight(
     return packed
 
 
-@prologue.call_time(operations.input_scales)
+@prologue.call_time(operations.input_scales, packs_weights=True)
 @packs.packed
 def pack_scales(weights: list[Tensor], scheme: str, rounding: str, *, transposed: bool = False) -> list[Tensor]:
     """`graphopt.input_scales` under the guard of `runtime.packs`."""
