@@ -35,10 +35,12 @@ def resolve(target: str, inputs: Sequence[Any]) -> str:
     return "inductor" if on_device else "cpu"
 
 
-def prepare(target: str) -> None:
-    """Load what graphs of this target call at run time, also those that come out of a cache."""
-    if target == "cpu":
-        cpu.prepare()
+def prepare(target: str) -> str:
+    """Load what graphs of this target call at run time, also those that come out of a cache.
+
+    Returns what is there ("" for nothing special): part of the key under which graphs are stored.
+    """
+    return cpu.prepare() if target == "cpu" else ""
 
 
 if __name__ != "graphopt.backends":

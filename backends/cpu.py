@@ -13,9 +13,9 @@ from graphopt.lowering import Lowered
 from graphopt.options import Options
 
 
-def prepare() -> None:
+def prepare() -> str:
     """Build or load the kernels: a graph that comes out of a cache calls them without passing through here again."""
-    cpp.unavailable_reason()
+    return "without kernels" if cpp.unavailable_reason() else "with kernels"
 
 
 def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options) -> Lowered:

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -168,7 +168,12 @@ def inductor_calls(*operators: Any) -> None:
 
 
 def inductor_compile(
-    graph_module: fx.GraphModule, inputs: Sequence[Any], *, is_inference: bool, is_backward: bool, config: dict[str, Any]
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    is_inference: bool,
+    is_backward: bool,
+    config: dict[str, Any],
 ) -> Callable[[list[Any]], Any]:
     """Compile a decomposed ATen graph with Inductor. Returns a boxed callable (an `OutputCode`).
 
@@ -182,7 +187,7 @@ def inductor_compile(
     record_original_output_strides(graph_module)
     output = graph_module.graph.output_node()
     output.meta["user_visible_output_idxs"] = [
-        index for index, value in enumerate(output.args[0]) if isinstance(value, fx.Node)
+        index for index, value in enumerate(cast(Sequence[Any], output.args[0])) if isinstance(value, fx.Node)
     ]
     mode = fake_mode_of(graph_module)
     with contextlib.ExitStack() as stack:
@@ -224,7 +229,9 @@ def compile_caches(directory: str, key: str, read: bool = True) -> Iterator[None
     umask = os.umask(0o077)
     try:
         with (
-            compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}|graphopt:{key}"),
+            compiler_config.patch(  # type: ignore[attr-defined]
+                cache_key_tag=f"{compiler_config.cache_key_tag}|graphopt:{key}"
+            ),
             functorch_config.patch(enable_autograd_cache=enabled, bundled_autograd_cache=True),
         ):
             yield
@@ -239,8 +246,8 @@ def compile_caches(directory: str, key: str, read: bool = True) -> Iterator[None
 
 def storable(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """A copy of an Inductor artifact without its loaded code. Anything else makes the AOT cache store nothing."""
-    from torch._inductor.output_code import CompiledFxGraph
     from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+    from torch._inductor.output_code import CompiledFxGraph
 
     if not isinstance(compiled, CompiledFxGraph):
         raise BypassAOTAutogradCache("not an Inductor artifact")
@@ -330,7 +337,7 @@ def without_modes() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class SymbolFacts:
-    """What is known about the symbolic sizes of a graph: for each symbol (hint, lowest, highest), and true relations."""
+    """What is known of a graph's symbolic sizes: for each symbol (hint, lowest, highest), and true relations."""
 
     symbols: dict[Any, tuple[int | None, int, int]]
     relations: tuple[Any, ...]

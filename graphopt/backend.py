@@ -37,15 +37,16 @@ def graphopt(
     target = backends.resolve(chosen.target, inputs)
     wanted = (*passes.PIPELINE, *passes.lossy(chosen), *passes.FOR_TARGET.get(target, ()), *chosen.passes)
     arranged = pipeline.arrange(wanted)
-    backends.prepare(target)
+    key = _cache_key(chosen, backends.prepare(target))
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
-        with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen)):
+        with _compat.compile_caches(str(cache.cache_dir("inductor")), key):
             return _compile(captured, fake_inputs, info, chosen, arranged)
 
-    with _compat.compile_caches(str(cache.cache_dir("inductor")), _cache_key(chosen), read=_may_reuse(chosen)):
+    with _compat.compile_caches(str(cache.cache_dir("inductor")), key, read=_may_reuse(chosen)):
         try:
-            return capture(graph_module, inputs, compile_captured)
+            compiled: Callable[..., Any] = capture(graph_module, inputs, compile_captured)
+            return compiled
         except Exception as raised:
             if chosen.strict or isinstance(raised, GraphoptError) or _compat.is_control_flow(raised):
                 raise
@@ -100,7 +101,8 @@ def _compile(
     if dumped is not None:
         dumped.report(json.dumps(dataclasses.asdict(graph_report), indent=1, default=str))
     report.add(graph_report)
-    return lowered.artifact
+    artifact_of_graph: Callable[..., Any] = lowered.artifact
+    return artifact_of_graph
 
 
 def _checker(options: Options) -> Checker | None:
@@ -117,5 +119,5 @@ def _may_reuse(options: Options) -> bool:
     return not (watched or options.passes or depends_on_values(options.quantize))
 
 
-def _cache_key(options: Options) -> str:
-    return f"{cache.source_digest()}|{options}"
+def _cache_key(options: Options, prepared: str) -> str:
+    return f"{cache.source_digest()}|{options}|{prepared}"

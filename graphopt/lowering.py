@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphopt import capture, edit, ops
+from graphopt.runtime.artifact import Artifact
 
 Supports = Callable[[fx.Node], str | None]
 Emit = Callable[[edit.Rewrite, fx.Node], fx.Node]

@@ -171,7 +171,7 @@ def kv_reserve(past: Tensor, count: int, dim: int) -> Tensor:
     """
     size = list(past.shape)
     size[dim] += count
-    room = kv_allocate(size, dim, dtype=past.dtype, device=past.device)
+    room: Tensor = kv_allocate(size, dim, dtype=past.dtype, device=past.device)
     room.narrow(dim, 0, past.shape[dim]).copy_(past)
     return room
 

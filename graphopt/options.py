@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graphopt.errors import OptionError
 from graphopt.quantize_options import Quantize
@@ -63,7 +63,8 @@ class Options:
         for function in self.passes:
             if not hasattr(function, "graph_pass"):
                 raise OptionError(
-                    f"option 'passes' holds {function!r}, which is not a pass: decorate it with @graphopt.graph_pass(...)"
+                    f"option 'passes' holds {function!r}, which is not a pass: decorate it with"
+                    " @graphopt.graph_pass(...)"
                 )
         if any(not isinstance(name, str) for name in self.disable):
             raise OptionError(f"option 'disable' must hold names of passes (str), got {self.disable!r}")
@@ -133,8 +134,8 @@ def _boolean(name: str, given: object) -> None:
 
 
 def _integer(name: str, given: object, low: int, high: int | None) -> None:
-    in_range = isinstance(given, int) and not isinstance(given, bool) and low <= given and (high is None or given <= high)
-    if not in_range:
+    whole = isinstance(given, int) and not isinstance(given, bool)
+    if not (whole and low <= cast(int, given) and (high is None or cast(int, given) <= high)):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"
         raise OptionError(f"option {name!r} must be a whole number, {allowed}, got {given!r} ({type(given).__name__})")
 

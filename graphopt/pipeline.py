@@ -108,7 +108,7 @@ def _position(placed: Sequence[Callable[..., int]], declared: PassInfo) -> int:
             known = ", ".join((*STAGES, *(describe(function).name for function in placed)))
             raise OptionError(f"pass {declared.name!r} refers to unknown pass or stage {name!r}; known are {known}")
         if not found:
-            later = STAGES.index(name)  # type: ignore[arg-type]
+            later = STAGES.index(name)
             found = [sum(STAGES.index(describe(function).stage) < later for function in placed)]
         return found
 
@@ -128,7 +128,7 @@ def run(
     options: Options,
     *,
     observer: Callable[[edit.Application], None] | None = None,
-    after_pass: Callable[[str, fx.GraphModule], None] | None = None,
+    after_pass: Callable[[str, fx.GraphModule], object] | None = None,
 ) -> list[PassReport]:
     """Run `passes` in order on the graph, in place. Passes that do not fit the graph's kind are left out.
 
@@ -196,4 +196,6 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 def _check_values(graph_module: fx.GraphModule, name: str) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
-            raise PassError(f"{name} left node {node.format_node()} without meta['val']; use graphopt.edit to make nodes")
+            raise PassError(
+                f"{name} left node {node.format_node()} without meta['val']; use graphopt.edit to make nodes"
+            )

@@ -41,7 +41,7 @@ LAYERS = (
         "graphopt.bisect",
     ),
 )
-PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch", "torch._subclasses", "torch._guards", "torch._dispatch")
+PRIVATE = tuple(f"torch._{name}" for name in ("inductor", "dynamo", "functorch", "subclasses", "guards", "dispatch"))
 
 
 def source_files() -> list[tuple[str, Path]]:

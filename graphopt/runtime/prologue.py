@@ -9,27 +9,37 @@ write such operations as ordinary nodes; `hoist` moves them, when all they read 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt import edit
+from graphopt.runtime import packs
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem)
 }
 _call_time: dict[str, Callable[..., Any]] = {}
+_packing: set[str] = set()
 
 
-def call_time(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare a function to be how `op` runs at call time; `hoist` moves nodes of `op` out of graphs."""
+def call_time(
+    op: torch._ops.OpOverload, *, packs_weights: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a function to be how `op` runs at call time; `hoist` moves nodes of `op` out of graphs.
+
+    packs_weights: the function is under `packs.packed`, so that its result is the same while its tensors are.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _call_time[str(op)] = function
+        if packs_weights:
+            _packing.add(str(op))
         return function
 
     return register
@@ -53,7 +63,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Prologue:
-    """Steps from the inputs of a call to the inputs of the compiled graph; plain data, so that it can be stored."""
+    """Steps from the inputs of a call to the inputs of the compiled graph; plain data, so that it can be stored.
+
+    A model has hundreds of packed weights: their results are kept as a whole and looked up one by one only when any of
+    the weights has changed.
+    """
 
     steps: tuple[Step, ...]
     results: tuple[int, ...]
@@ -62,12 +76,56 @@ class Prologue:
         """The compiled graph's inputs. Empties `inputs`, as boxed callables do."""
         values = list(inputs)
         inputs.clear()
-        for step in self.steps:
+        packing, positions = self._packing(len(values))
+        weights = [values[position] for position in positions]
+        known = self._kept.get("packs")
+        if known is None or not known[0].holds(weights):
+            known = None
+        fresh: dict[int, Any] = {}
+        for number, step in enumerate(self.steps):
+            if known is not None and number in packing:
+                values.append(known[1][number])
+                continue
             function = _call_time.get(step.function) or _ARITHMETIC[step.function]
             args = [_resolve(argument, values) for argument in step.args]
             kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
             values.append(function(*args, **kwargs))
+            if number in packing:
+                fresh[number] = values[-1]
+        if fresh:
+            self._kept["packs"] = packs.Snapshot(weights, self._kept.clear), fresh
         return [values[index] for index in self.results]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"steps": self.steps, "results": self.results}
+
+    @functools.cached_property
+    def _kept(self) -> dict[str, tuple[packs.Snapshot, dict[int, Any]]]:
+        return {}
+
+    def _packing(self, count: int) -> tuple[frozenset[int], tuple[int, ...]]:
+        """The numbers of the steps that pack weights, and the positions among `count` inputs of those weights."""
+        found: tuple[frozenset[int], tuple[int, ...]] | None = self.__dict__.get("_packing_steps")
+        if found is None:
+            steps: set[int] = set()
+            weights: dict[int, None] = {}
+            for number, step in enumerate(self.steps):
+                read = list(_inputs_of((step.args, tuple(value for _, value in step.kwargs))))
+                packs_only = all(index < count or index - count in steps for index in read)
+                if packs_only and (step.function in _packing or (read[0] >= count if read else False)):
+                    steps.add(number)
+                    weights.update(dict.fromkeys(index for index in read if index < count))
+            found = frozenset(steps), tuple(weights)
+            self.__dict__["_packing_steps"] = found
+        return found
+
+
+def _inputs_of(argument: Any) -> Iterator[int]:
+    if isinstance(argument, Input):
+        yield argument.index
+    elif isinstance(argument, tuple):
+        for item in argument:
+            yield from _inputs_of(item)
 
 
 def _resolve(argument: Any, values: list[Any]) -> Any:
@@ -91,9 +149,8 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
     for node in graph_module.graph.nodes:
         if _may_hoist(node, index, hoisted):
             function = str(node.target) if str(node.target) in _call_time else node.target.__name__
-            args = fx.map_arg(node.args, lambda argument: Input(index[argument]))
-            kwargs = fx.map_arg(node.kwargs, lambda argument: Input(index[argument]))
-            steps.append(Step(function, _frozen(args), tuple(sorted((key, _frozen(kwargs[key])) for key in kwargs))))
+            kwargs = tuple((key, _frozen(node.kwargs[key], index)) for key in sorted(node.kwargs))
+            steps.append(Step(function, _frozen(node.args, index), kwargs))
             index[node] = len(index)
             if str(node.target) in _call_time or node.target is operator.getitem:
                 hoisted.append(node)
@@ -133,5 +190,8 @@ def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.No
     return node.target in _ARITHMETIC.values() and isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
-def _frozen(argument: Any) -> Any:
-    return tuple(_frozen(item) for item in argument) if isinstance(argument, (list, tuple)) else argument
+def _frozen(argument: Any, index: dict[fx.Node, int]) -> Any:
+    """The argument as plain data: nodes by the position of their value, lists as tuples."""
+    if isinstance(argument, fx.Node):
+        return Input(index[argument])
+    return tuple(_frozen(item, index) for item in argument) if isinstance(argument, (list, tuple)) else argument

@@ -41,7 +41,10 @@ def _returned_windows(graph_module: fx.GraphModule, node: fx.Node, dim: int) -> 
     return [
         user
         for user in node.users
-        if user.target is aten.slice.Tensor and user.args[1] == dim and len(user.args) < 5 and list(user.users) == [output]
+        if user.target is aten.slice.Tensor
+        and user.args[1] == dim
+        and len(user.args) < 5
+        and list(user.users) == [output]
     ]
 
 
