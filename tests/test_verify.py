@@ -29,7 +29,9 @@ def failures(pass_, function, *inputs, level="all", dynamic=None, directory=None
 
 
 def test_right_rewrite_passes() -> None:
-    half = wrong_pass(aten.div.Tensor, lambda rw, node: rw.call(aten.mul.Tensor, node.args[0], 0.5), exactness="bitwise")
+    half = wrong_pass(
+        aten.div.Tensor, lambda rw, node: rw.call(aten.mul.Tensor, node.args[0], 0.5), exactness="bitwise"
+    )
     checker = failures(half, lambda x: x / 2.0, torch.randn(3, 4))
     assert (checker.checked, checker.distinct, checker.unchecked, checker.failures) == (1, 1, 0, [])
 
@@ -116,7 +118,9 @@ def test_a_polynomial_rewrite_is_checked_without_rounding() -> None:
 
 def test_raises_and_names_pass_nodes_and_source() -> None:
     wrong = wrong_pass(aten.exp.default, inlined(lambda x: x.exp() * 1.01))
-    with pytest.raises(Exception, match=r"by planted \(rounding\), of exp at .*test_verify.py:\d+ changes results") as info:
+    with pytest.raises(
+        Exception, match=r"by planted \(rounding\), of exp at .*test_verify.py:\d+ changes results"
+    ) as info:
         with torch.no_grad():
             trace(lambda x: x.exp(), [wrong], observer=verify.Checker("sample"))(torch.randn(3))
     assert isinstance(info.value, VerificationError) or "VerificationError" in str(info.value)
@@ -131,7 +135,9 @@ def test_reproducer_is_small_and_runs_alone(tmp_path) -> None:
     failure = checker.failures[0]
     assert failure.reproducer is not None
     assert all(value.numel() <= 4 for value in failure.inputs.values)
-    done = subprocess.run([sys.executable, failure.reproducer], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, failure.reproducer], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert "elements differ" in done.stderr
 

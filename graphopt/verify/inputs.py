@@ -17,7 +17,10 @@ from graphopt.verify import execution
 aten = torch.ops.aten
 Sizes = dict[Any, int]
 
-KINDS = {"sample": ("mixed", "special"), "all": ("normal", "mixed", "special", "uniform", "large", "ties", "zeros")}
+KINDS = {
+    "sample": ("mixed", "special", "nan"),
+    "all": ("normal", "mixed", "special", "nan", "infinite", "uniform", "large", "ties", "zeros"),
+}
 _EXTREMES = (0, 1, 2, 3, 7, 17)
 _LARGE = 1 << 22
 
@@ -39,7 +42,7 @@ def generate(graph_module: fx.GraphModule, level: str) -> Iterator[InputSet]:
     for number, sizes in enumerate(choose_sizes(fakes, level)):
         kinds = KINDS[level]
         if sum(_numel(fake, sizes) for fake in fakes) > _LARGE:
-            kinds = ("special",) if number else ("mixed", "special")
+            kinds = ("mixed",) if number else ("mixed", "nan")
         for kind in kinds:
             yield make(fakes, bounds, sizes, kind, seed=number)
 
@@ -126,8 +129,8 @@ def _fill(
     elif kind == "large":
         values *= torch.finfo(dtype).max ** 0.5
     values = values.to(dtype)
-    if kind == "special" and values.numel():
-        specials = _specials(dtype)
+    if kind in ("special", "nan", "infinite") and values.numel():
+        specials = _specials(dtype, kind)
         first = values.view(-1) if values.dim() == 0 else values.reshape(-1, values.shape[-1])[0]
         where = torch.randperm(first.numel(), generator=generator)[: max(1, first.numel() // 4)]
         chosen = torch.randint(len(specials), where.shape, generator=generator)
@@ -135,12 +138,15 @@ def _fill(
     return values
 
 
-def _specials(dtype: torch.dtype) -> torch.Tensor:
+def _specials(dtype: torch.dtype, kind: str) -> torch.Tensor:
     info = torch.finfo(dtype)
     small = info.smallest_normal
-    listed = [0.0, -0.0, torch.nan, info.max, info.min, small, small / 2, -small / 2, 1.0, -1.0]
-    values = torch.tensor(listed, dtype=torch.float64).to(dtype)
-    return torch.cat((values, torch.tensor([torch.inf, -torch.inf], dtype=torch.float64).to(dtype)))
+    listed = {
+        "special": [0.0, -0.0, info.max, info.min, small, small / 2, -small / 2, 1.0, -1.0],
+        "nan": [torch.nan],
+        "infinite": [torch.inf, -torch.inf],
+    }[kind]
+    return torch.tensor(listed, dtype=torch.float64).to(dtype)
 
 
 def _fill_integers(
