@@ -93,7 +93,9 @@ def test_large_negative_numbers_do_not_hide() -> None:
     torch.testing.assert_close(attend(q, k, v, lowest), expected)
 
 
-def test_nothing_visible_gives_zeros() -> None:
-    q, k, v = (torch.randn(1, 2, rows, 16) for rows in (2, 40, 40))
-    nothing = torch.zeros(1, 1, 2, 40, dtype=torch.bool)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_nothing_visible_gives_zeros_or_nan(rows: int) -> None:
+    q, k, v = (torch.randn(1, 2, count, 16) for count in (rows, 40, 40))
+    nothing = torch.zeros(1, 1, rows, 40, dtype=torch.bool)
     assert torch.equal(attend(q, k, v, nothing), torch.zeros_like(q))
+    assert torch.ops.graphopt_cpp.attention(q, k, v, nothing, False, 0.25, 0.0, 0, True).isnan().all()

@@ -222,7 +222,7 @@ struct Attention {
     return static_cast<T*>(task.out) + piece.batch * task.out_stride[0] + head * task.out_stride[1] + query(row) * task.out_stride[2];
   }
 
-  // out = sums * factor; a row that saw no key has a sum of zero and gives zeros, as in torch.
+  // out = sums * factor; a row that saw no key has a sum of zero and gives zeros, as in torch, or NaN.
   void write(T* out, const float* sums, float factor) const {
     for (int64_t i = 0; i < task.dim_v; i += S::step) {
       const typename S::Pair pair{load(sums + i) * factor, load(sums + i + lanes) * factor};
@@ -249,7 +249,7 @@ struct Attention {
     }
     if (!piece.part)
       for (int64_t row = 0; row < rows; ++row)
-        write(out_row(piece, row), acc + row * dim_v, total[row] == 0.0f ? 0.0f : 1.0f / total[row]);
+        write(out_row(piece, row), acc + row * dim_v, total[row] == 0.0f ? task.of_nothing : 1.0f / total[row]);
   }
 
   // Adds the later parts into the first and writes the result.
@@ -270,7 +270,7 @@ struct Attention {
         for (int64_t i = 0; i < part.dim_v; i += lanes)
           store(acc + i, p == 0 ? load(from + i) * factor : load(acc + i) + load(from + i) * factor);
       }
-      first.write(first.out_row(pieces[0], row), acc, sum == 0.0f ? 0.0f : 1.0f / sum);
+      first.write(first.out_row(pieces[0], row), acc, sum == 0.0f ? task.of_nothing : 1.0f / sum);
     }
   }
 };

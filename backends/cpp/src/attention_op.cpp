@@ -50,8 +50,9 @@ bool kernel_takes(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe
 }
 
 AttentionTask task_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, const Tensor& out, bool causal,
-                      double scale, double softcap, int64_t window) {
+                      double scale, double softcap, int64_t window, bool nan_rows) {
   AttentionTask task{};
+  task.of_nothing = nan_rows ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
   task.q = q.const_data_ptr(), task.k = k.const_data_ptr(), task.v = v.const_data_ptr(), task.out = out.mutable_data_ptr();
   task.batch = q.size(0), task.heads = q.size(1), task.kv_heads = k.size(1), task.queries = q.size(2), task.keys = k.size(2);
   task.dim = q.size(3), task.dim_v = v.size(3);
@@ -144,7 +145,7 @@ void run(Dtype dtype, const AttentionTask& task) {
 
 // The operator's meaning in plain torch, for what the kernel does not take.
 Tensor plain(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal, double scale, double softcap,
-             int64_t window) {
+             int64_t window, bool nan_rows) {
   const Tensor row = at::arange(q.size(-2), q.options().dtype(at::kLong)).unsqueeze(1);
   const Tensor key = at::arange(k.size(-2), q.options().dtype(at::kLong)).unsqueeze(0);
   MaybeTensor visible;
@@ -158,15 +159,16 @@ Tensor plain(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTenso
     combined = visible;
   if (combined && combined->defined() && combined->is_floating_point()) combined = combined->to(q.scalar_type());
   const bool grouped = q.dim() == 4 && k.dim() == 4 && q.size(1) != k.size(1);
-  if (softcap == 0) return at::scaled_dot_product_attention(q, k, v, combined, 0.0, false, scale, grouped);
+  if (softcap == 0 && !nan_rows) return at::scaled_dot_product_attention(q, k, v, combined, 0.0, false, scale, grouped);
   const auto wide = at::toOpMathType(q.scalar_type());
   const int64_t repeats = grouped ? q.size(1) / k.size(1) : 1;
   const Tensor keys = grouped ? k.repeat_interleave(repeats, 1) : k, values = grouped ? v.repeat_interleave(repeats, 1) : v;
   Tensor scores = q.to(wide).matmul(keys.to(wide).transpose(-2, -1)) * scale;
-  scores = softcap * (scores / softcap).tanh();
+  if (softcap != 0) scores = softcap * (scores / softcap).tanh();
   const Tensor hidden = at::scalar_tensor(-std::numeric_limits<double>::infinity(), scores.options());
   if (combined && combined->defined())
     scores = combined->scalar_type() == at::kBool ? at::where(*combined, scores, hidden) : scores + *combined;
+  if (nan_rows) return scores.softmax(-1).to(q.scalar_type()).to(wide).matmul(values.to(wide)).to(q.scalar_type());
   const Tensor nothing = (scores == hidden).all(-1, true);
   return at::where(nothing, at::scalar_tensor(0.0, scores.options()), scores.softmax(-1)).matmul(values.to(wide)).to(q.scalar_type());
 }
@@ -177,14 +179,14 @@ Tensor empty_out(const Tensor& q, const Tensor& v) {
 }
 
 Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal, double scale,
-                     double softcap, int64_t window) {
+                     double softcap, int64_t window, bool nan_rows) {
   if (kernel_takes(q, k, v, mask, softcap, window)) {
     Tensor out = empty_out(q, v);
-    run(*dtype_of(q.scalar_type()), task_of(q, k, v, mask, out, causal, scale, softcap, window));
+    run(*dtype_of(q.scalar_type()), task_of(q, k, v, mask, out, causal, scale, softcap, window, nan_rows));
     return out;
   }
   const WithoutAutocast guard;
-  Tensor result = plain(q, k, v, mask, causal, scale, softcap, window);
+  Tensor result = plain(q, k, v, mask, causal, scale, softcap, window, nan_rows);
   if (result.dim() != 4) return result.contiguous();
   // The strides that the fake implementation promises.
   Tensor out = empty_out(q, v);
@@ -192,14 +194,15 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Ma
 }
 
 Tensor attention_meta(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal, double scale,
-                      double softcap, int64_t window) {
+                      double softcap, int64_t window, bool nan_rows) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must have four dimensions, got ", q.dim(), ", ",
               k.dim(), " and ", v.dim());
   return empty_out(q, v);
 }
 
 TORCH_LIBRARY_FRAGMENT(graphopt_cpp, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float softcap, int window) -> Tensor",
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float softcap, int window, "
+        "bool nan_rows=False) -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }
 

@@ -41,6 +41,7 @@ struct AttentionTask {
   bool causal;
   float scale, softcap;
   int64_t window;
+  float of_nothing;  // the factor for a row that saw no key: 0, or NaN as a plain softmax gives
 };
 
 // Keys [begin, end) of one (batch, kv head), all its query rows. With part == null the result is written to out,
