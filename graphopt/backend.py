@@ -35,8 +35,8 @@ def graphopt(
     """
     chosen = Options.parse(mode, options)
     target = backends.resolve(chosen.target, inputs)
-    wanted = (*passes.PIPELINE, *passes.lossy(chosen), *passes.FOR_TARGET.get(target, ()), *chosen.passes)
-    arranged = pipeline.arrange(wanted)
+    own = (*passes.PIPELINE, *passes.lossy(chosen), *passes.FOR_TARGET.get(target, ()))
+    arranged = pipeline.arrange((*own, *passes.installed(), *chosen.passes))
     key = _cache_key(chosen, backends.prepare(target))
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
@@ -116,7 +116,8 @@ def _checker(options: Options) -> Checker | None:
 def _may_reuse(options: Options) -> bool:
     """Whether a stored artifact may stand in for running the passes: not when the user watches or extends them."""
     watched = options.dump or options.debug or options.verify != "off" or report.is_collecting()
-    return not (watched or options.passes or depends_on_values(options.quantize))
+    foreign = options.passes or passes.installed()
+    return not (watched or foreign or depends_on_values(options.quantize))
 
 
 def _cache_key(options: Options, prepared: str) -> str:

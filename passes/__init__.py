@@ -4,9 +4,11 @@
 """
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+from graphopt.errors import PassError
 from graphopt.options import Options
 from graphopt.passes.canonicalize.fold_constants import fold_constants
 from graphopt.passes.canonicalize.merge_common_nodes import merge_common_nodes
@@ -54,6 +56,24 @@ PIPELINE: tuple[Callable[..., int], ...] = (
 
 # What a target needs beyond the pipeline.
 FOR_TARGET: dict[str, tuple[Callable[..., int], ...]] = {"triton": (form_regions,)}
+
+
+@functools.cache
+def installed() -> tuple[Callable[..., int], ...]:
+    """Passes that other packages bring along, under the entry-point group `graphopt.passes`, by name.
+
+    Raises PassError, naming the package, for one that cannot be imported or is not a pass.
+    """
+    found = []
+    for entry in sorted(importlib.metadata.entry_points(group="graphopt.passes"), key=lambda entry: entry.name):
+        origin = f"entry point {entry.name!r} ({entry.value}) of package {entry.dist.name if entry.dist else '?'}"
+        try:
+            function = entry.load()
+            describe(function)
+        except Exception as error:
+            raise PassError(f"{origin} brings no pass: {error}; uninstall the package or repair it") from error
+        found.append(function)
+    return tuple(found)
 
 
 def lossy(options: Options) -> tuple[Callable[..., int], ...]:
