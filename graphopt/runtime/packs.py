@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class _Pack:
 
 _packs: dict[Any, _Pack] = {}
 _lock = threading.RLock()
+_generation = [0]
 
 
 def packed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,10 +94,32 @@ def restore(made: Made) -> None:
         _packs[key] = _Pack(sources, tuple(map(_state, made.sources)), made.result)
 
 
+class Snapshot:
+    """Tensors as they are now, to tell in one sweep whether any has changed since.
+
+    on_death: called when one of them dies.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], on_death: Callable[[], None]) -> None:
+        self._sources = [weakref.ref(tensor, lambda _: on_death()) for tensor in tensors]
+        self._states = [_state(tensor) for tensor in tensors]
+        self._generation = _generation[0]
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged, and `refresh` has not been called."""
+        if self._generation != _generation[0]:
+            return False
+        for tensor, source, state in zip(tensors, self._sources, self._states, strict=True):
+            if source() is not tensor or _state(tensor) != state:
+                return False
+        return True
+
+
 def refresh() -> None:
     """Forget all packs, so that the next call makes them anew from the weights as they are then."""
     with _lock:
         _packs.clear()
+        _generation[0] += 1
 
 
 def packed_bytes() -> int:
