@@ -13,9 +13,11 @@ from graphopt import _compat, capture, edit, shapes, views
 from graphopt.match import search
 from graphopt.match.pattern import Pattern, Traced
 
-# How many readings of one loose match are tried, and what share of a pattern makes a near miss worth telling.
+# How many readings of one loose match are tried; what share of a pattern makes a near miss worth telling, and what
+# share where the pattern stands nowhere in the graph.
 _TRIES = 12
 _WORTH_TELLING = 0.6
+_WORTH_A_WORD = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +117,11 @@ def _tell(
         name = rule.pattern.name
         if anchor in consumed or miss.node is None or not (miss.complete or miss.matched > 1):
             continue
-        if name not in applied and (name not in nowhere or miss.matched > nowhere[name][2].matched):
-            nowhere[name] = anchor, rule, miss
         near = _nearness(rule, miss)
-        if near[1] > _WORTH_TELLING and (anchor not in deepest or near > _nearness(*deepest[anchor])):
+        if name not in applied and near[1] > _WORTH_A_WORD:
+            if name not in nowhere or near > _nearness(*nowhere[name][1:]):
+                nowhere[name] = anchor, rule, miss
+        if (miss.complete or near[1] > _WORTH_TELLING) and (anchor not in deepest or near > _nearness(*deepest[anchor])):
             deepest[anchor] = rule, miss
     for anchor, rule, miss in nowhere.values():
         deepest.setdefault(anchor, (rule, miss))
