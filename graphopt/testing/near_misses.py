@@ -1,7 +1,7 @@
 """Almost the pattern: variants of a function that a pass must refuse, or rewrite rightly.
 
 Each variant changes one thing that careless matchers overlook: an intermediate value that somebody else uses too,
-another constant, swapped operands, a cast in the middle. They are made from the function's own ATen graph.
+another constant, swapped operands, a cast in the middle, two values where the pattern has one twice. They are made from the function's own ATen graph.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def _mutations(graph_module: fx.GraphModule) -> Iterator[tuple[str, Callable[[di
         if isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield f"{node.name} ({shown}) is rounded to a narrower dtype and back", _rounded(node.name, value.dtype)
         for index, item in enumerate(node.args):
+            if isinstance(item, fx.Node) and _is_floating(item) and len(item.users) > 1:
+                yield f"{node.name} ({shown}) reads the negative of {item.name}", _negated(node.name, index)
             if isinstance(item, float):
                 yield f"constant {item} of {node.name} ({shown}) is doubled", _changed(node.name, index, item * 2 + 0.5)
         if node.target in _ORDERED or node.target is aten.where.self:
@@ -101,6 +103,23 @@ def _rounded(name: str, dtype: torch.dtype) -> Callable[[dict[str, fx.Node]], No
             user.replace_input_with(node, up)
 
     return mutate
+
+
+def _negated(name: str, index: int) -> Callable[[dict[str, fx.Node]], None]:
+    """What looks like one value used twice is two values."""
+
+    def mutate(nodes: dict[str, fx.Node]) -> None:
+        node = nodes[name]
+        with node.graph.inserting_before(node):
+            other = node.graph.call_function(aten.neg.default, (node.args[index],))
+        node.update_arg(index, other)
+
+    return mutate
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _changed(name: str, index: int, number: float) -> Callable[[dict[str, fx.Node]], None]:
