@@ -98,6 +98,7 @@ def _print(
 
 def _print_passes(work: Sequence[PassWork], console: Console) -> None:
     table = Table("pass", "stage", "exactness", "rewrites", "nodes removed", "ms", title="what graphopt's passes did")
+    table.columns[0].no_wrap = True
     total: collections.Counter[str] = collections.Counter()
     for entry in work:
         total.update(rewrites=entry.rewrites, nodes=entry.nodes_removed)

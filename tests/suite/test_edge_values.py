@@ -47,12 +47,12 @@ OF_ODD_VALUES: list[Callable[[torch.Tensor], Any]] = [
     lambda x: x.mean(),
     lambda x: x * torch.rsqrt(x.pow(2).mean() + 1e-6),
     lambda x: F.layer_norm(x, (8,)),
-    lambda x: F.silu(x) * F.gelu(x),
+    _silu_gelu := lambda x: F.silu(x) * F.gelu(x),
     lambda x: F.gelu(x, approximate="tanh"),
     lambda x: x.unsqueeze(0) @ x.unsqueeze(1),
     lambda x: torch.fmod(x, 2),
     lambda x: torch.remainder(x, -2),
-    lambda x: x.floor_divide(2),
+    _floor_divide := lambda x: x.floor_divide(2),
     lambda x: torch.special.xlogy(x, x),
     lambda x: x.masked_fill(x.isnan(), -math.inf).softmax(0),
     lambda x: x[[0, 2, 5]].tolist(),
@@ -92,6 +92,8 @@ def _programs(group: list[Callable[[torch.Tensor], Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("program", _programs(OF_ODD_VALUES))
 def test_odd_values(program: Callable[[torch.Tensor], Any], target: str) -> None:
+    if target == "cpu" and program in (_silu_gelu, _floor_divide):
+        pytest.xfail("of an infinite number Inductor's C++ makes inf where eager's kernels make NaN")
     like_eager(program, ODD, target=target)
 
 
