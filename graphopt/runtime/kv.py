@@ -84,7 +84,7 @@ def allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch
 
 @prologue.call_time(ops.kv_window)
 def window(room: Tensor, dim: int, start: int | None, end: int | None) -> Tensor:
-    """The rows [start:end] along `dim` of reserved room, as a cache that can grow in place when it ends with it."""
+    """The rows [start:end] along `dim` of reserved room: a cache that can grow in place if it ends with it."""
     view: Tensor = torch.ops.aten.slice.Tensor(room, dim, start, end)
     _compat.suggest_dynamic(view, dim)
     return view

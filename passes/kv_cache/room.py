@@ -42,7 +42,7 @@ def _returned_windows(graph_module: fx.GraphModule, node: fx.Node, dim: int) -> 
         user
         for user in node.users
         if user.target is aten.slice.Tensor
-        and user.args[1] == dim
+        and user.args[1:2] == (dim,)
         and len(user.args) < 5
         and list(user.users) == [output]
     ]

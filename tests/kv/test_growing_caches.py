@@ -7,17 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from graphopt import counters
 from tests.kv import scenarios
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    model.forward = torch.compile(model.forward, backend="graphopt", options={"target": "inductor", **options})
+    chosen = {"target": "inductor", **options}
+    model.forward = torch.compile(model.forward, backend="graphopt", options=chosen)
     return model
 
 
-@pytest.mark.parametrize("scenario", scenarios.SCENARIOS, ids=lambda scenario: scenario.__name__)
+FEW = (scenarios.greedy, scenarios.beams, scenarios.two_continuations, scenarios.assisted)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(one, id=one.__name__, marks=() if one in FEW else pytest.mark.slow) for one in scenarios.SCENARIOS],
+)
 def test_tokens_are_those_of_eager(scenario: Callable[[Any], torch.Tensor]) -> None:
     expected = scenario(scenarios.tiny_llama())
     assert torch.equal(scenario(compiled(scenarios.tiny_llama(), strict=True)), expected)
@@ -27,3 +35,34 @@ def test_tokens_under_inference_mode() -> None:
     expected = scenarios.greedy(scenarios.tiny_llama())
     with torch.inference_mode():
         assert torch.equal(scenarios.greedy(compiled(scenarios.tiny_llama(), strict=True)), expected)
+
+
+def test_two_graphs_for_a_generation_and_one_more_for_other_lengths() -> None:
+    model, before = compiled(scenarios.tiny_llama()), counters["graphs"]
+    scenarios.greedy(model)
+    assert counters["graphs"] - before == 2
+    for length in (5, 9, 11, 13, 20):
+        model.generate(scenarios.prompt(length), max_new_tokens=6, do_sample=False)
+    assert counters["graphs"] - before <= 3
+
+
+def test_copied_bytes_are_bounded_by_the_cache_not_by_its_square() -> None:
+    model, before = compiled(scenarios.tiny_llama()), counters.copy()
+    scenarios.greedy(model, tokens=200)
+    copied = counters["kv_bytes_copied"] - before["kv_bytes_copied"]
+    final = 2 * 207 * 2 * 16 * 4  # keys and values, rows, heads, head size, bytes
+    assert 0 < copied < 4 * final
+    assert counters["kv_copies"] - before["kv_copies"] < 20
+
+
+@pytest.mark.slow
+def test_sliding_windows_are_not_copied_for_each_token() -> None:
+    def model() -> MistralForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = MistralConfig(vocab_size=scenarios.VOCABULARY, num_hidden_layers=1, sliding_window=12, **sizes)
+        return MistralForCausalLM(config).eval()
+
+    expected, before = scenarios.greedy(model()), counters["kv_copies"]
+    assert torch.equal(scenarios.greedy(compiled(model(), strict=True)), expected)
+    assert counters["kv_copies"] - before < 8

@@ -60,7 +60,8 @@ def test_second_batch_size_and_symbolic_length() -> None:
     def grow(past: Tensor, new: Tensor) -> Tensor:
         return torch.cat([past, new], -2)
 
-    compiled = torch.compile(grow, backend="graphopt", options={"target": "reference", "strict": True}, dynamic=True)
+    options = {"target": "reference", "strict": True}
+    compiled = torch.compile(grow, backend="graphopt", options=options, dynamic=True)
     with torch.no_grad():
         for batch, length, count in ((2, 5, 1), (3, 9, 2), (4, 2, 7)):
             past, new = torch.randn(batch, H, length, D), torch.randn(batch, H, count, D)

@@ -163,7 +163,7 @@ def test_write_into_a_cache_that_shares_memory_warns_and_parts_them() -> None:
         lambda cache: cache.view(torch.int32),
         lambda cache: cache.detach(),
     ],
-    ids=["deepcopy", "reorder", "repeat", "select", "flip", "step", "heads", "expand", "transpose", "bits", "detach"],
+    ids="deepcopy reorder repeat select flip step heads expand transpose bits detach".split(),
 )
 def test_cache_of_other_form_is_copied(other: object) -> None:
     cache = start()
@@ -238,10 +238,8 @@ def test_only_one_of_many_threads_gets_the_room() -> None:
     assert sum(shares_memory(result, cache) for result in results) == 1
 
 
-steps = st.lists(
-    st.tuples(st.sampled_from(["append", "crop", "window", "fork", "drop", "clone", "reorder"]), st.integers(0, 9)),
-    max_size=40,
-)
+ACTIONS = ("append", "crop", "window", "fork", "drop", "clone", "reorder")
+steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 9)), max_size=40)
 
 
 @settings(max_examples=60, deadline=None)

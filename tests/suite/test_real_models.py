@@ -45,10 +45,10 @@ def _minilm() -> tuple[Any, Any]:
 
 
 def _first_layers(model: Any, count: int) -> Any:
-    twin = copy.deepcopy(model)
-    twin.model.layers = twin.model.layers[:count]
-    twin.config.num_hidden_layers = count
-    twin.config.layer_types = None if twin.config.layer_types is None else twin.config.layer_types[:count]
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = count
+    twin = type(model)(config).eval()
+    twin.load_state_dict({name: value for name, value in model.state_dict().items() if name in twin.state_dict()})
     return twin
 
 
@@ -88,7 +88,7 @@ def _encoded(model: Any, tokenizer: Any, sentences: list[str]) -> torch.Tensor:
     return torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
 
 
-SENTENCES = ["A cat sits on the mat.", "A kitten rests on a rug.", "Compilers rewrite programs, often to make them fast."]
+SENTENCES = ["A cat sits on the mat.", "A kitten rests on a rug.", "Compilers rewrite programs to make them fast."]
 
 
 def test_two_layers_of_smollm2_generate() -> None:
