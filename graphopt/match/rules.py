@@ -121,7 +121,8 @@ def _tell(
         if name not in applied and near[1] > _WORTH_A_WORD:
             if name not in nowhere or near > _nearness(*nowhere[name][1:]):
                 nowhere[name] = anchor, rule, miss
-        if (miss.complete or near[1] > _WORTH_TELLING) and (anchor not in deepest or near > _nearness(*deepest[anchor])):
+        worth_telling = miss.complete or near[1] > _WORTH_TELLING
+        if worth_telling and (anchor not in deepest or near > _nearness(*deepest[anchor])):
             deepest[anchor] = rule, miss
     for anchor, rule, miss in nowhere.values():
         deepest.setdefault(anchor, (rule, miss))

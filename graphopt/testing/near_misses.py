@@ -1,7 +1,8 @@
 """Almost the pattern: variants of a function that a pass must refuse, or rewrite rightly.
 
 Each variant changes one thing that careless matchers overlook: an intermediate value that somebody else uses too,
-another constant, swapped operands, a cast in the middle, two values where the pattern has one twice. They are made from the function's own ATen graph.
+another constant, swapped operands, a cast in the middle, two values where the pattern has one twice. They are made
+from the function's own ATen graph.
 """
 
 from __future__ import annotations
