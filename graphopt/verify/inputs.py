@@ -40,6 +40,8 @@ def generate(graph_module: fx.GraphModule, level: str) -> Iterator[InputSet]:
     fakes = [node.meta["val"] for node in placeholders]
     bounds = [_index_bound(node) for node in placeholders]
     for number, sizes in enumerate(choose_sizes(fakes, level)):
+        if not _is_meant(graph_module, sizes):
+            continue
         kinds = KINDS[level]
         if sum(_numel(fake, sizes) for fake in fakes) > _LARGE:
             kinds = ("mixed",) if number else ("mixed", "nan")
@@ -83,6 +85,16 @@ def _is_possible(sizes: Sizes, facts: _compat.SymbolFacts) -> bool:
     if any(not low <= sizes[symbol] <= high for symbol, (_, low, high) in facts.symbols.items()):
         return False
     return all(relation.xreplace(sizes) is not sympy.false for relation in facts.relations)
+
+
+def _is_meant(graph_module: fx.GraphModule, sizes: Sizes) -> bool:
+    """Whether the sizes give a program that means something: fused attention needs, unchecked, a value for each key."""
+    for node in graph_module.graph.nodes:
+        if "scaled_dot_product" in str(node.target):
+            key, value = (node.args[position].meta["val"] for position in (1, 2))
+            if size(key.shape[2], sizes) != size(value.shape[2], sizes):
+                return False
+    return True
 
 
 def _numel(fake: Any, sizes: Sizes) -> int:
