@@ -76,7 +76,10 @@ def test_spelling(spelling: str) -> None:
 
 @pytest.mark.parametrize("spelling", ["fused scale", "eager"])
 def test_symbolic_sizes(spelling: str) -> None:
-    found = check_pass(PASSES, SPELLINGS[spelling], inputs(), dynamic=True, second=inputs(3, 4, 7))
+    # Not verified piecewise: nothing in a fused operator says that keys and values are equally long.
+    found = check_pass(
+        PASSES, SPELLINGS[spelling], inputs(), dynamic=True, second=inputs(3, 4, 7), verify="off"
+    )
     attention_of(found)
 
 
