@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from graphopt import _compat
+from graphopt import _compat, shapes, views
 from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
 from graphopt.lowering import Lowered, Lowering, choose, expand
 from graphopt.options import Options
@@ -31,6 +32,7 @@ def compile_graph(
     choices = choose(graph_module, lowerings)
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     expand(graph_module, undecomposed())
+    _hold_layouts(graph_module)
     graph_module.recompile()
     _compat.inductor_calls(*NEVER_DECOMPOSED)
     compiled = _compat.inductor_compile(
@@ -41,6 +43,40 @@ def compile_graph(
         config=_config(options),
     )
     return Lowered(Artifact(compiled, graph_prologue), choices)
+
+
+def _hold_layouts(graph_module: fx.GraphModule) -> None:
+    """Lay out memory as eager does where an output shows only a part of it.
+
+    Inductor keeps the strides of outputs that fill their memory; of the others it lays out the whole as it likes, and
+    the part has strides that eager's has not.
+    """
+    graph = graph_module.graph
+    shown = [node for node in graph.output_node().all_input_nodes if any(map(_is_partial, views.chain(node)))]
+    for whole in dict.fromkeys(map(views.root, shown)):
+        value = whole.meta["val"]
+        if whole.op == "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        users = list(whole.users)
+        with graph.inserting_before(whole.next):
+            strides = [_stride(whole, dimension) for dimension in range(value.dim())]
+            held = graph.call_function(_compat.force_stride_order(), (whole, strides))
+        held.meta["val"] = value
+        for user in users:
+            user.replace_input_with(whole, held)
+
+
+def _stride(node: fx.Node, dimension: int) -> int | fx.Node:
+    stride = node.meta["val"].stride(dimension)
+    if isinstance(stride, int):
+        return stride
+    symbolic = node.graph.call_function(torch.ops.aten.sym_stride.int, (node, dimension))
+    symbolic.meta["val"] = stride
+    return symbolic
+
+
+def _is_partial(node: fx.Node) -> bool:
+    return views.is_view(node) and shapes.numel(node.meta["val"]) != shapes.numel(views.source(node).meta["val"])
 
 
 def _config(options: Options) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def inductor_calls(*operators: Any) -> None:
             make_fallback(operator, override_decomp=True)
 
 
+def force_stride_order() -> Any:
+    """Inductor's operator (tensor, strides) -> the tensor, laid out in the order of these strides."""
+    from torch._inductor import inductor_prims
+
+    return inductor_prims.force_stride_order
+
+
 def inductor_compile(
     graph_module: fx.GraphModule,
     inputs: Sequence[Any],
