@@ -37,6 +37,21 @@ def aot_input_index(node: fx.Node) -> int | None:
     return index if isinstance(index, int) and type(node.meta["desc"]).__name__ == "PlainAOTInput" else None
 
 
+def forgetter() -> Callable[[], None]:
+    """A function that lets Dynamo forget what it compiled for the code it is compiling now; its next call is compiled.
+
+    Outside of a compilation by Dynamo the function does nothing.
+    """
+    from torch._dynamo.eval_frame import reset_code
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        code = InstructionTranslator.current_tx().f_code
+    except AttributeError:
+        return lambda: None
+    return lambda: reset_code(code)
+
+
 def static_input_indices() -> list[int]:
     """Indices of the inputs that are parameters, buffers or attributes of modules, in the graph being compiled."""
     context = TracingContext.try_get()
@@ -304,32 +319,51 @@ class DynamoEvents:
     recompiles: list[str] = dataclasses.field(default_factory=list)
 
 
+_TOLD_BY = {
+    "graph_breaks": ("torch._dynamo.symbolic_convert.__graph_breaks", "torch._dynamo.convert_frame.__graph_breaks"),
+    "recompiles": ("torch._dynamo.guards.__recompiles",),
+}
+
+
 @contextlib.contextmanager
 def watching_dynamo() -> Iterator[DynamoEvents]:
-    """Record the graph breaks and recompilations that happen inside the block."""
-    import logging
-
-    from torch._dynamo.utils import counters
+    """Record the graph breaks and recompilations that happen inside the block, as `TORCH_LOGS` would print them."""
+    from torch._logging._internal import log_state
 
     events = DynamoEvents()
-    before = dict(counters["graph_break"])
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            events.recompiles.append(record.getMessage())
-
-    logger, listener = logging.getLogger("torch._dynamo.guards.__recompiles"), Listener()
-    level = logger.level
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)
-    try:
+    with contextlib.ExitStack() as stack:
+        for kind, names in _TOLD_BY.items():
+            listener = _Listener(getattr(events, kind))
+            if not log_state.is_artifact_enabled(kind):
+                log_state.enable_artifact(kind)
+                stack.callback(log_state.artifact_names.discard, kind)
+            for logger in map(logging.getLogger, names):
+                stack.callback(logger.setLevel, logger.level)
+                stack.callback(setattr, logger, "propagate", logger.propagate)
+                stack.callback(logger.removeHandler, listener)
+                logger.addHandler(listener)
+                logger.setLevel(logging.DEBUG)
+                logger.propagate = False
         yield events
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        events.graph_breaks = [
-            reason.splitlines()[0] for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)
-        ]
+
+
+class _Listener(logging.Handler):
+    """Keeps of each message of Dynamo one line: for a graph break its reasons and its place, else the whole message."""
+
+    def __init__(self, kept: list[str]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().strip()
+        place, _, rest = text.removeprefix("Graph break in user code at ").partition("\nGraph Break Reason: ")
+        if rest:
+            rows = rest.partition("User code traceback:")[0].partition("Stack variable")[0].splitlines()
+            reasons = [row for row in rows if row and not row.startswith((" ", "*")) and not row.endswith(":")]
+            text = f"{'; '.join(reasons) or rows[0]} ({place})"
+        message = " ".join(text.split())
+        if message not in self._kept:
+            self._kept.append(message)
 
 
 @contextlib.contextmanager

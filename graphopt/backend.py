@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +12,13 @@ from torch import fx
 
 from graphopt import _compat, backends, passes, pipeline, report
 from graphopt.capture import GraphInfo, capture
-from graphopt.dump import Dump
 from graphopt.errors import GraphoptError, LoweringError
 from graphopt.options import Options
+from graphopt.pruning import lines, revival
 from graphopt.quantize_options import depends_on_values
 from graphopt.runtime import artifact, cache
 from graphopt.verify import Checker
+from graphopt.watch import Watchers
 
 _compat.prepare_dynamo()
 artifact.on_load.append(report.add)
@@ -37,7 +36,7 @@ def graphopt(
     target = backends.resolve(chosen.target, inputs)
     own = (*passes.PIPELINE, *passes.lossy(chosen), *passes.FOR_TARGET.get(target, ()))
     arranged = pipeline.arrange((*own, *passes.installed(), *chosen.passes))
-    key = _cache_key(chosen, backends.prepare(target))
+    key = _cache_key(chosen, backends.prepare(target), _dead_lines(graph_module, inputs, arranged))
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
         with _compat.compile_caches(str(cache.cache_dir("inductor")), key):
@@ -46,7 +45,7 @@ def graphopt(
     with _compat.compile_caches(str(cache.cache_dir("inductor")), key, read=_may_reuse(chosen)):
         try:
             compiled: Callable[..., Any] = capture(graph_module, inputs, compile_captured)
-            return compiled
+            return revival.guarded(compiled, graph_module.forward)
         except Exception as raised:
             if chosen.strict or isinstance(raised, GraphoptError) or _compat.is_control_flow(raised):
                 raise
@@ -67,17 +66,11 @@ def _compile(
     started = time.perf_counter()
     target = backends.resolve(options.target, inputs)
     graph_report = report.GraphReport(info.kind, target, len(graph_module.graph.nodes))
-    dumped = Dump(options.dump) if options.dump else None
-    checker = _checker(options)
-    if dumped is not None:
-        dumped.graph("capture", graph_module)
+    checker, watchers = _checker(options), Watchers(graph_module, graph_report, options)
     graph_report.passes = pipeline.run(
-        graph_module,
-        arranged,
-        options,
-        observer=checker,
-        after_pass=dumped.graph if dumped is not None else None,
+        graph_module, arranged, options, observer=checker, after_pass=watchers.after_pass
     )
+    watchers.after_passes(graph_module)
     if checker is not None:
         graph_report.verification = checker.summary()
     meaning = copy.deepcopy(graph_module.graph)
@@ -98,8 +91,7 @@ def _compile(
         graph_report.fall_back(what, reason)
     graph_report.seconds = time.perf_counter() - started
     lowered.artifact.record = graph_report
-    if dumped is not None:
-        dumped.report(json.dumps(dataclasses.asdict(graph_report), indent=1, default=str))
+    watchers.after_lowering(lowered)
     report.add(graph_report)
     artifact_of_graph: Callable[..., Any] = lowered.artifact
     return artifact_of_graph
@@ -115,10 +107,20 @@ def _checker(options: Options) -> Checker | None:
 
 def _may_reuse(options: Options) -> bool:
     """Whether a stored artifact may stand in for running the passes: not when the user watches or extends them."""
-    watched = options.dump or options.debug or options.verify != "off" or report.is_collecting()
-    foreign = options.passes or passes.installed()
+    watched = options.dump or options.debug or options.verify != "off" or report.collector() is not None
+    foreign = options.passes or passes.installed() or options.cost_model
     return not (watched or foreign or depends_on_values(options.quantize))
 
 
-def _cache_key(options: Options, prepared: str) -> str:
-    return f"{cache.source_digest()}|{options}|{prepared}"
+def _cache_key(options: Options, prepared: str, dead: str) -> str:
+    return f"{cache.source_digest()}|{options}|{prepared}|{dead}"
+
+
+def _dead_lines(graph_module: fx.GraphModule, inputs: Sequence[Any], arranged: Sequence[Callable[..., int]]) -> str:
+    """Which rows and columns of the weights are zero, for the cache's key: graphs are pruned by them."""
+    if not any(pipeline.describe(function).stage == "prune" for function in arranged):
+        return ""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    names = [_compat.dynamo_source(node) or "" for node in placeholders]
+    held = [value for name, value in zip(names, inputs, strict=False) if "_parameters[" in name or "_buffers[" in name]
+    return lines.digest(held)

@@ -6,7 +6,8 @@ inputs once and writes each of its outputs once, which is what fusion gains. The
     max(bytes / bandwidth, flops / peak) + launch,
 
 with figures from the vendors' data sheets (dense peaks, no sparsity) or, for "cpu", measured on this machine once.
-A research user swaps the model through `options={"cost_model": ...}`: any function from a region to a `Cost`.
+A research user swaps the model through `options={"cost_model": ...}`: any function from a region to a `Cost`, which
+region forming, `explain` and `graphopt.search` then ask.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 import graphopt.ops  # noqa: F401  (registers the dialect)
+from graphopt import _compat
 from graphopt.index_map import ALIASING_VIEWS, product, size_expression
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
 
@@ -46,7 +48,18 @@ class Cost:
         return Cost(sympy.sympify(self.bytes).subs(values), sympy.sympify(self.flops).subs(values), self.launches)
 
 
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of many costs, at once: adding long expressions one by one takes quadratic time."""
+    found = list(costs)
+    return Cost(
+        sympy.Add(*(one.bytes for one in found)),
+        sympy.Add(*(one.flops for one in found)),
+        sum(one.launches for one in found),
+    )
+
+
 CostModel = Callable[[GraphModule], Cost]
+"""From a region (a graph whose inputs are read and whose outputs are written, in one kernel) to its cost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +81,17 @@ class Device:
 
 
 def _peaks(single: float, half: float, byte: float) -> dict[torch.dtype, float]:
-    return {torch.float32: single * 1e12, torch.float16: half * 1e12, torch.bfloat16: half * 1e12,
-            torch.int8: byte * 1e12}
+    return {
+        torch.float32: single * 1e12,
+        torch.float16: half * 1e12,
+        torch.bfloat16: half * 1e12,
+        torch.int8: byte * 1e12,
+    }
 
 
 DEVICES: dict[str, Device] = {
-    device.name: device for device in (
+    device.name: device
+    for device in (
         Device("H200", 4.8e12, _peaks(67, 989, 1979)),
         Device("H100", 3.35e12, _peaks(67, 989, 1979)),
         Device("A100", 2.039e12, _peaks(19.5, 312, 624)),
@@ -98,12 +116,13 @@ def device(name: str) -> Device:
 @functools.cache
 def measured_cpu() -> Device:
     """This machine: bandwidth of a large sum, peak of a matrix product; the best of a few runs, once a process."""
-    large = torch.ones(1 << 25)
-    square = torch.ones(768, 768)
-    bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 4)
-    peaks = {}
-    for operand in (square, square.bfloat16()):
-        peaks[operand.dtype] = 2 * 768**3 / _best(functools.partial(torch.mm, operand, operand), 4)
+    with _compat.real_execution():
+        large = torch.ones(1 << 25)
+        square = torch.ones(768, 768)
+        bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 4)
+        peaks = {}
+        for operand in (square, square.bfloat16()):
+            peaks[operand.dtype] = 2 * 768**3 / _best(functools.partial(torch.mm, operand, operand), 4)
     return Device("cpu", bandwidth, peaks, launch=1e-6)
 
 
@@ -122,8 +141,11 @@ def value_bytes(value: Any) -> sympy.Expr:
         return sum((value_bytes(v) for v in value), _ZERO)
     if not isinstance(value, torch.Tensor):
         return _ZERO
-    dims = [size_expression(s) for s, stride in zip(value.shape, value.stride(), strict=True)
-            if isinstance(stride, torch.SymInt) or stride != 0]
+    dims = [
+        size_expression(s)
+        for s, stride in zip(value.shape, value.stride(), strict=True)
+        if isinstance(stride, torch.SymInt) or stride != 0
+    ]
     return product(dims) * value.dtype.itemsize
 
 
@@ -135,15 +157,45 @@ def _numel(value: Any) -> sympy.Expr:
 
 _GATHERS = frozenset({aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor})
 
+# Done outside of the graph, or handed out without being touched.
+_FREE = frozenset(
+    {
+        "graphopt.quantize_weight.default",
+        "graphopt.input_scales.default",
+        "graphopt.kv_reserve.default",
+        "graphopt.kv_window.default",
+        "graphopt.kv_allocate.default",
+    }
+)
+
 
 def _reads(node: Node, operand: Node) -> sympy.Expr:
     """The bytes that a node reads of an operand: a gather reads only the rows it picks, a slice only its part."""
     value = node.meta.get("val")
     if node.target in _GATHERS and node.args[0] is operand:
         return value_bytes(value)
+    if node.target is aten.copy_.default and node.args[0] is operand:
+        return _ZERO
+    if str(node.target) == "graphopt.quantized_embedding.default" and node.args[0] is not operand:
+        picked, table = node.args[0], operand.meta["val"]
+        assert isinstance(picked, Node)
+        return _numel(picked.meta["val"]) * product([size_expression(s) for s in table.shape[1:]]) * table.itemsize
     if node.op == "call_function" and is_view(node) and node.target not in (aten.expand.default,):
         return _numel(value) * operand.meta["val"].dtype.itemsize if isinstance(value, torch.Tensor) else _ZERO
     return value_bytes(operand.meta.get("val"))
+
+
+# Which argument's last dimension is summed over.
+_PRODUCTS = {
+    "aten.mm.default": 0,
+    "aten.addmm.default": 1,
+    "aten.bmm.default": 0,
+    "aten.baddbmm.default": 1,
+    "graphopt.linear.default": 0,
+    "graphopt.parallel_linear.default": 0,
+    "graphopt.quantized_linear.default": 0,
+    "graphopt.parallel_quantized_linear.default": 0,
+}
 
 
 def flops(node: Node) -> sympy.Expr:
@@ -153,11 +205,15 @@ def flops(node: Node) -> sympy.Expr:
         return _ZERO
     name = str(node.target)
     operands = [n.meta.get("val") for n in node.all_input_nodes]
-    if name in ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "graphopt.linear.default",
-                "graphopt.parallel_linear.default"):
-        left = node.args[1] if name == "aten.addmm.default" else node.args[0]
+    if name in _PRODUCTS:
+        left = node.args[_PRODUCTS[name]]
         assert isinstance(left, Node)
         return 2 * _numel(node.meta["val"]) * size_expression(left.meta["val"].shape[-1])
+    if node.target is aten.convolution.default:
+        x, weight = operands[:2]
+        assert isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)
+        places = x if node.args[6] else node.meta["val"]
+        return 2 * _numel(places) * product([size_expression(s) for s in weight.shape[1:]])
     if "attention" in name and len(operands) >= 3:
         q, k, v = operands[:3]
         assert isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
@@ -169,20 +225,42 @@ def flops(node: Node) -> sympy.Expr:
     return _numel(value) if isinstance(value, torch.Tensor) and node.target not in _GATHERS else _ZERO
 
 
-def node_cost(node: Node) -> Cost:
-    """The cost of a node run by itself; of a region, when the node calls one."""
+def region_of(graph_module: GraphModule, node: Node) -> GraphModule:
+    """What a node computes as a graph of its own: the region that it calls, else a region of it alone."""
     if node.op == "call_module":
-        owner = node.graph.owning_module
-        assert owner is not None
-        module = owner.get_submodule(str(node.target))
+        module = graph_module.get_submodule(str(node.target))
         assert isinstance(module, GraphModule)
-        return region_cost(module)
-    if node.op != "call_function" or node.target in ALIASING_VIEWS or node.target in SPLITS:
+        return module
+    region = Graph()
+    inner: dict[Node, Node] = {}
+    for operand in node.all_input_nodes:
+        inner[operand] = region.placeholder(f"in_{len(inner)}")
+        inner[operand].meta.update(val=operand.meta.get("val"))
+    region.output((region.node_copy(node, inner.__getitem__),))
+    return GraphModule(torch.nn.Module(), region)
+
+
+def node_cost(graph_module: GraphModule, node: Node, model: CostModel | None = None) -> Cost:
+    """The cost of a node run by itself; of a region, when the node calls one. model: what to ask instead."""
+    if not _moves_data(node):
         return Cost()
-    if getattr(node.target, "__module__", "") in ("_operator", "operator"):
-        return Cost()
+    if model is not None:
+        return model(region_of(graph_module, node))
+    if node.op == "call_module":
+        return region_cost(region_of(graph_module, node))
     reads = sum((_reads(node, operand) for operand in node.all_input_nodes), _ZERO)
     return Cost(reads + value_bytes(node.meta.get("val")), flops(node), 1)
+
+
+def _moves_data(node: Node) -> bool:
+    """Is the node a kernel: no input, no view, no arithmetic on sizes, nothing done outside of the graph?"""
+    if node.op == "call_module":
+        return True
+    if node.op != "call_function" or node.target in ALIASING_VIEWS or node.target in SPLITS:
+        return False
+    if str(node.target) in _FREE or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+        return False
+    return getattr(node.target, "__module__", "") not in ("_operator", "operator")
 
 
 def region_cost(region: GraphModule) -> Cost:
@@ -205,9 +283,9 @@ def _input_bytes(node: Node) -> sympy.Expr:
     return whole
 
 
-def graph_cost(graph_module: GraphModule) -> Cost:
+def graph_cost(graph_module: GraphModule, model: CostModel | None = None) -> Cost:
     """The cost of a whole graph, as it stands: the sum over its regions and remaining nodes."""
-    return sum((node_cost(n) for n in graph_module.graph.nodes), Cost())
+    return total(node_cost(graph_module, n, model) for n in graph_module.graph.nodes)
 
 
 def minimal_bytes(graph_module: GraphModule) -> sympy.Expr:

@@ -58,13 +58,24 @@ class Choice:
     declined: tuple[tuple[str, str], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelSource:
+    """The generated source of a kernel. language: "python" (Triton too) or "cpp"; nodes: what it computes, if known."""
+
+    name: str
+    language: str
+    source: str
+    nodes: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass
 class Lowered:
-    """A graph made ready to run. left_out: (what, why) for things that were left to torch."""
+    """A graph made ready to run. left_out: (what, why) for things that were left to torch; kernels: generated code."""
 
     artifact: Artifact
     choices: list[Choice]
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    kernels: list[KernelSource] = dataclasses.field(default_factory=list)
 
 
 def choose(graph_module: fx.GraphModule, lowerings: Sequence[Lowering]) -> list[Choice]:

@@ -32,10 +32,13 @@ class Options:
     passes: extra passes, each made with `@graph_pass`.
     disable: names of passes to leave out.
     limit: stop after this many rewrites in one compiled graph (for bisecting); None means no limit.
+    cost_model: what a fused region costs, asked instead of `graphopt.cost` wherever regions are formed or judged: a
+        function from the region (a GraphModule) to a `graphopt.cost.Cost`.
     strict: turn every fallback (a pass that raised, a graph left to torch) into an error.
     verify: check rewrites against the nodes they replace: "off", "sample" (each distinct one once, few inputs), "all".
     dump: directory that receives the graph after each pass that changed it, or None.
-    debug: 0 (silent) to 4 (everything), as in docs/reference/options.md.
+    debug: what is said on standard error while compiling: 0 nothing; 1 a line for each pass; 2 also how each operation
+        is lowered and what passes refused; 3 also what each pass changed; 4 also the generated kernels.
     """
 
     mode: str = "default"
@@ -44,6 +47,7 @@ class Options:
     passes: tuple[Callable[..., int], ...] = ()
     disable: tuple[str, ...] = ()
     limit: int | None = None
+    cost_model: Callable[[Any], Any] | None = None
     strict: bool = False
     verify: str = "off"
     dump: str | None = None
@@ -54,6 +58,10 @@ class Options:
         _one_of("target", self.target, TARGETS)
         _one_of("verify", self.verify, VERIFY)
         object.__setattr__(self, "quantize", Quantize.parse(self.quantize))
+        if self.cost_model is not None and not callable(self.cost_model):
+            raise OptionError(
+                f"option 'cost_model' must be a function from a region to a graphopt.cost.Cost, got {self.cost_model!r}"
+            )
         _boolean("strict", self.strict)
         _integer("debug", self.debug, 0, 4)
         if self.limit is not None:

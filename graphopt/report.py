@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -11,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
-from graphopt.lowering import Choice
+from graphopt.lowering import Choice, KernelSource
 from graphopt.pipeline import PassReport
+from graphopt.report_tables import cost_table, kernel_table, lowering_table, pass_table
 from graphopt.runtime.counters import counters as counters
+from graphopt.study import Study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Fallback:
 
 @dataclasses.dataclass
 class GraphReport:
-    """One captured graph: its passes, how its nodes were lowered, and what was left to torch."""
+    """One captured graph: its passes, how its nodes were lowered, and what was left to torch.
+
+    kernels: the code that was generated. study: what takes time to find out; only `explain` does.
+    """
 
     kind: str
     target: str
@@ -38,6 +41,8 @@ class GraphReport:
     fallbacks: list[Fallback] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     verification: dict[str, Any] | None = None
+    kernels: list[KernelSource] = dataclasses.field(default_factory=list)
+    study: Study | None = None
 
     @property
     def rewrites(self) -> int:
@@ -51,11 +56,15 @@ class GraphReport:
 
 @dataclasses.dataclass
 class Report:
-    """All graphs compiled during one `explain`, the reasons of graph breaks and of recompilations."""
+    """All graphs compiled during one `explain`, the reasons of graph breaks and of recompilations.
+
+    roofline: the name of the device that times are predicted for, None for no prediction.
+    """
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     graph_breaks: list[str] = dataclasses.field(default_factory=list)
     recompiles: list[str] = dataclasses.field(default_factory=list)
+    roofline: str | None = None
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -63,8 +72,11 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for number, graph in enumerate(self.graphs, 1):
-            yield _pass_table(number, graph)
-            yield _lowering_table(graph)
+            yield pass_table(number, graph)
+            yield lowering_table(graph)
+            if graph.study is not None:
+                yield cost_table(graph.study.captured, graph.study.optimised)
+                yield kernel_table(graph.study.optimised)
             if graph.verification is not None:
                 counts = ", ".join(f"{value} {name}" for name, value in graph.verification.items())
                 yield f"rewrites verified: {counts}"
@@ -81,45 +93,16 @@ class Report:
         return captured.get()
 
 
-def _pass_table(number: int, graph: GraphReport) -> Table:
-    title = f"graph {number}: {graph.kind}, {graph.nodes} nodes, target {graph.target}, {graph.seconds:.2f} s"
-    table = Table("stage", "pass", "exactness", "rewrites", "nodes", "ms", "refused", title=title)
-    for report in graph.passes:
-        refused = report.error or "; ".join(_grouped(refusal.reason for refusal in report.refusals))
-        table.add_row(
-            report.stage,
-            report.name,
-            report.exactness,
-            str(report.rewrites),
-            f"{report.nodes_before} -> {report.nodes_after}",
-            f"{report.seconds * 1e3:.1f}",
-            refused,
-        )
-    return table
-
-
-def _lowering_table(graph: GraphReport) -> Table:
-    table = Table("operation", "lowered to", "nodes", "declined because")
-    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], int] = collections.Counter(
-        (choice.op, choice.lowering, choice.declined) for choice in graph.lowerings
-    )
-    for (op, lowering, declined), count in groups.items():
-        table.add_row(op, lowering, str(count), "; ".join(f"{name}: {reason}" for name, reason in declined))
-    return table
-
-
-def _grouped(reasons: Iterator[str] | Any) -> list[str]:
-    counts = collections.Counter(reasons)
-    return [reason if count == 1 else f"{reason} (x{count})" for reason, count in counts.items()]
-
-
 _collector: contextvars.ContextVar[Report | None] = contextvars.ContextVar("graphopt_report", default=None)
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[Report]:
-    """Gather the reports of all graphs compiled inside the block."""
-    report = Report()
+def collecting(roofline: str | None = None) -> Iterator[Report]:
+    """Gather the reports of all graphs compiled inside the block.
+
+    roofline: also study each graph (`graphopt.study`) on the device of that name ("auto": its own).
+    """
+    report = Report(roofline=roofline)
     token = _collector.set(report)
     try:
         yield report
@@ -127,9 +110,9 @@ def collecting() -> Iterator[Report]:
         _collector.reset(token)
 
 
-def is_collecting() -> bool:
-    """Whether somebody gathers reports now (then nothing may come from a cache of compiled graphs)."""
-    return _collector.get() is not None
+def collector() -> Report | None:
+    """The report that gathers now, if any (then nothing may come from a cache of compiled graphs)."""
+    return _collector.get()
 
 
 def add(graph: GraphReport) -> None:

@@ -25,6 +25,11 @@ class Artifact(_compat.OutputCode):
         self._boxed_call = True
         self._call = self._make_call()
 
+    @property
+    def source(self) -> str:
+        """The file that Inductor wrote for the graph; "" if it wrote none."""
+        return str(getattr(self.compiled, "source_code", "") or "")
+
     def _make_call(self) -> Callable[[list[Any]], Any]:
         compiled, prologue = self.compiled, self.prologue
         if prologue is None:
