@@ -35,8 +35,8 @@ KEPT = (
     aten.bmm.default,
 )
 
-# Decompositions that give other numbers than eager: linspace of integers rounds where eager truncates.
-NEVER_DECOMPOSED = (aten.linspace.default,)
+# Decompositions that differ from eager: of integers linspace rounds instead of truncating; unpooling forgets strides.
+NEVER_DECOMPOSED = (aten.linspace.default, aten.max_unpool2d.default, aten.max_unpool3d.default)
 
 
 @dataclasses.dataclass(frozen=True)

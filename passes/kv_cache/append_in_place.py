@@ -10,6 +10,7 @@ becomes
 `past`, so that what is left of the concatenation is one write of the new rows, and the graph returns the
 view itself. Rows of `past` are never written, so `past` may be read anywhere in the graph. The result has
 other strides than the concatenation: those of a cache kept as [S, B, H, D], which do not change as it grows.
+Strides are the caller's, so only what attention (or a product) reads in this graph is taken for a cache.
 
 Idea: append on slices as in Go; others copy the whole cache for each token (huggingface/transformers#37908).
 """
@@ -23,6 +24,7 @@ from torch import fx
 
 from graphopt import edit, ops, views
 from graphopt.passes.kv_cache.lengths import length_node
+from graphopt.passes.kv_cache.readers import is_attended
 from graphopt.passes.kv_cache.room import move_into
 from graphopt.pipeline import graph_pass
 
@@ -75,6 +77,8 @@ def _why_not(node: fx.Node, past: fx.Node, new: list[fx.Node]) -> str:
         return "the graph writes into the cache that was passed in"
     if value.dim() != node.meta["val"].dim():
         return "the cache that was passed in is empty"
+    if not is_attended(node):
+        return "no attention and no product reads it here: it may be no cache, and its strides are the caller's"
     return ""
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from graphopt import edit, ops, views
 from graphopt.passes.kv_cache.lengths import length_node
+from graphopt.passes.kv_cache.readers import is_attended
 from graphopt.passes.kv_cache.room import move_into
 from graphopt.pipeline import graph_pass
 
@@ -36,7 +37,8 @@ def start_with_room(graph_module: fx.GraphModule) -> int:
 def _is_new_cache(node: fx.Node) -> bool:
     # The name is compared: AOTAutograd's graphs may hold copies of the operator objects in their meta.
     started = node.target is aten.clone.default and str(node.meta.get("original_aten")) == "aten.cat.default"
-    return started and node.meta["val"].dim() == 4 and node.meta["val"].dtype.is_floating_point
+    value = node.meta["val"]
+    return started and value.dim() == 4 and value.dtype.is_floating_point and is_attended(node)
 
 
 def _rewrite(graph_module: fx.GraphModule, node: fx.Node) -> int:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_leaves
 
 from graphopt import report
 from graphopt.edit import Refusal
@@ -23,15 +25,26 @@ def cache(length: int = 5, dim: int = 2, dtype: torch.dtype = torch.float32) -> 
     return torch.randn(size).to(dtype)
 
 
+def attended(function: Callable[..., Any]) -> Callable[..., tuple[Any, list[Tensor]]]:
+    """The function, and an attention over each of the caches that it returns."""
+
+    def with_readers(*inputs: Tensor) -> tuple[Any, list[Tensor]]:
+        result = function(*inputs)
+        caches = [leaf for leaf in tree_leaves(result) if leaf.dim() > 2 and leaf.dtype.is_floating_point]
+        return result, [scaled_dot_product_attention(leaf, leaf, leaf) for leaf in caches]
+
+    return with_readers
+
+
 def run(
     function: Callable[..., Any], *inputs: Tensor, training: bool = False, dynamic: bool | None = None
 ) -> tuple[Any, dict[str, int], list[Refusal]]:
     """The compiled function's result, the number of rewrites and the refusals of the KV passes."""
     compiled = torch.compile(
-        function, backend="graphopt", dynamic=dynamic, options={"target": "reference", "strict": True}
+        attended(function), backend="graphopt", dynamic=dynamic, options={"target": "reference", "strict": True}
     )
     with report.collecting() as collected, torch.set_grad_enabled(training):
-        result = compiled(*inputs)
+        result, _ = compiled(*inputs)
     passes = [entry for graph in collected.graphs for entry in graph.passes]
     rewrites = {entry.name: entry.rewrites for entry in passes if entry.stage == "kv_cache"}
     refusals = [refusal for entry in passes if entry.name == "append_in_place" for refusal in entry.refusals]
@@ -61,11 +74,11 @@ def test_second_batch_size_and_symbolic_length() -> None:
         return torch.cat([past, new], -2)
 
     options = {"target": "reference", "strict": True}
-    compiled = torch.compile(grow, backend="graphopt", options=options, dynamic=True)
+    compiled = torch.compile(attended(grow), backend="graphopt", options=options, dynamic=True)
     with torch.no_grad():
         for batch, length, count in ((2, 5, 1), (3, 9, 2), (4, 2, 7)):
             past, new = torch.randn(batch, H, length, D), torch.randn(batch, H, count, D)
-            assert torch.equal(compiled(past, new), grow(past, new))
+            assert torch.equal(compiled(past, new)[0], grow(past, new))
 
 
 def test_several_new_parts_are_joined_first() -> None:
@@ -152,6 +165,20 @@ def test_refuses_view_that_needs_the_strides_of_the_concatenation() -> None:
     check(grow, cache(), cache(1), appends=0, reason="aten.view.default needs the cache's own strides")
 
 
+def test_refuses_what_no_attention_reads() -> None:
+    past, new = cache(), cache(1)
+    options = {"target": "reference", "strict": True}
+    compiled = torch.compile(lambda a, b: torch.cat([a, b], 2), backend="graphopt", options=options)
+    with report.collecting() as collected, torch.no_grad():
+        result = compiled(past, new)
+    expected = torch.cat([past, new], 2)
+    assert torch.equal(result, expected) and result.stride() == expected.stride()
+    refusals = [refusal.reason for entry in collected.graphs[0].passes for refusal in entry.refusals]
+    assert refusals == [
+        "no attention and no product reads it here: it may be no cache, and its strides are the caller's"
+    ]
+
+
 def test_new_cache_gets_room() -> None:
     def start(empty: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         made = torch.cat([torch.tensor([]), new.sin()], 2)
@@ -172,13 +199,13 @@ def test_result_that_is_no_concatenation_gets_no_room() -> None:
 
 def test_limit_leaves_the_graph_as_it_was() -> None:
     compiled = torch.compile(
-        lambda past, new: torch.cat([past, new], 2),
+        attended(lambda past, new: torch.cat([past, new], 2)),
         backend="graphopt",
         options={"target": "reference", "strict": True, "limit": 0},
     )
     past, new = cache(), cache(1)
     with torch.no_grad():
-        assert torch.equal(compiled(past, new), torch.cat([past, new], 2))
+        assert torch.equal(compiled(past, new)[0], torch.cat([past, new], 2))
 
 
 @settings(max_examples=15, deadline=None)
