@@ -83,14 +83,26 @@ def explain(
     dtype: Annotated[str, _DTYPE] = "float32",
     length: Annotated[int, typer.Option(help="Tokens of the text that the model is run on.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page to this file.")] = None,
+    roofline: Annotated[
+        str, typer.Option(help="The device that times are predicted for: auto, cpu, H100, ... (`graphopt.cost`).")
+    ] = "auto",
+    target: Annotated[str, typer.Option(help="Where the graph is lowered to, as the option `target`.")] = "auto",
 ) -> None:
-    """Show what graphopt does to a model: passes, refusals, lowerings, graph breaks."""
+    """Show what graphopt does to a model: passes, refusals, lowerings, bytes, FLOPs, predicted time, graph breaks."""
     from graphopt.commands.explain import explain_model
 
-    report = explain_model(model, dtype, length, console)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{html}: there is no folder {html.absolute().parent}")
+    report = explain_model(model, dtype, length, console, roofline, {"target": target})
+    if html is not None:
+        from graphopt.html import render
+
+        html.write_text(render(report, f"{model}, {dtype}, {length} tokens"))
+        Console(stderr=True).print(f"written to {html}", highlight=False)
     if json:
         sys.stdout.write(report.to_json() + "\n")
-    else:
+    elif html is None:
         console.print(report)
 
 

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-SOURCES = (".py", ".cpp", ".h", ".typed")
+SOURCES = (".py", ".cpp", ".h", ".typed", ".html", ".css", ".js")
 
 
 def installed_files() -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from graphopt.capture import GraphInfo
-from graphopt.lowering import Choice, Lowered
+from graphopt.lowering import Choice, KernelSource, Lowered
 from graphopt.options import Options
 from graphopt.runtime.artifact import Artifact
 
@@ -51,7 +51,9 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
         return compiled(*arguments)
 
     choices = [Choice(name, kernel.kind, "triton") for name, kernel in compiled.kernels.items()]
-    return Lowered(Artifact(run), choices, [(f"{f.name} ({f.target})", f.reason) for f in compiled.fallbacks])
+    left_out = [(f"{f.name} ({f.target})", f.reason) for f in compiled.fallbacks]
+    kernels = [KernelSource(name, "python", kernel.text(name)) for name, kernel in compiled.kernels.items()]
+    return Lowered(Artifact(run), choices, left_out, [*kernels, KernelSource("call", "python", compiled.source)])
 
 
 def _on_cpu(inputs: Sequence[Any]) -> bool:
