@@ -42,7 +42,7 @@ def forgetter() -> Callable[[], None]:
 
     Outside of a compilation by Dynamo the function does nothing.
     """
-    from torch._dynamo.eval_frame import reset_code
+    from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:

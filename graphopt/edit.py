@@ -271,6 +271,33 @@ def evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Any:
         return node.target(*args, **kwargs)
 
 
+def consequences(graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> dict[fx.Node, Any] | str:
+    """The new values of all later nodes if `node` had the strides of `value`, or why it may not."""
+    changed: dict[fx.Node, Any] = {node: value}
+
+    def seen(argument: fx.Node) -> Any:
+        return changed.get(argument, argument.meta.get("val"))
+
+    nodes = list(graph_module.graph.nodes)
+    with _compat.fake_execution(graph_module):
+        for user in nodes[nodes.index(node) + 1 :]:
+            if user.op != "call_function" or not any(source in changed for source in user.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((user.args, user.kwargs), seen)
+            assert callable(user.target)
+            try:
+                result = user.target(*args, **kwargs)
+            except (RuntimeError, ValueError) as error:
+                return f"{user.target} needs the cache's own strides: {str(error).splitlines()[0]}"
+            difference = shapes.difference(user.meta.get("val"), result)
+            if difference and not difference.startswith("stride"):
+                return f"{user.target} would have another {difference}"
+            if difference:
+                changed[user] = result
+    del changed[node]
+    return changed
+
+
 def trace_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], decompositions: dict[Any, Any]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:

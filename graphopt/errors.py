@@ -29,6 +29,10 @@ class CacheError(GraphoptError):
     """The on-disk cache cannot be trusted: wrong owner, permissions, or not a directory."""
 
 
+class StalePruningError(GraphoptError):
+    """A compiled graph leaves out a head or channel that has come alive; the call is run again without pruning."""
+
+
 class WeightsReleasedError(GraphoptError):
     """A full-precision weight was used after it had been released on the user's request."""
 

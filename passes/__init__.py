@@ -18,6 +18,7 @@ from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.start_with_room import start_with_room
+from graphopt.passes.prune.prune_dead import prune_dead
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_embeddings import quantize_embeddings
 from graphopt.passes.quantize.quantize_linears import quantize_linears
@@ -49,6 +50,8 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     slice_before_linear,
     # kv_cache: no cache is copied for a new token
     append_in_place,
+    # prune: what contributes nothing, while linears are still apart
+    prune_dead,
     # fuse: fewer bytes
     merge_parallel_linears,
 )

@@ -13,7 +13,7 @@ from torch import fx
 from graphopt import text
 from graphopt.edit import Application
 from graphopt.errors import VerificationError
-from graphopt.verify import execution, field, inputs, judge, repro, wide
+from graphopt.verify import assumptions, execution, field, inputs, judge, repro, wide
 from graphopt.verify.cut import Pair, cut, widened
 from graphopt.verify.shrink import shrink
 
@@ -106,12 +106,15 @@ class Checker:
     def _first_failure(self, pair: Pair) -> tuple[Failure | None, bool]:
         ran = False
         for given in inputs.generate(pair.before, self.level):
-            found = compare(pair, given.values)
+            values = assumptions.satisfied(pair.after, given.values)
+            if values is None:
+                continue
+            found = compare(pair, values)
             if found is not None:
                 ran = True
             if found:
-                return Failure(pair, found, given), True
-        if field.applies(pair):
+                return Failure(pair, found, dataclasses.replace(given, values=values)), True
+        if field.applies(pair) and not assumptions.stated(pair.after):
             found = field.compare(pair)
             if found:
                 return Failure(pair, found, inputs.InputSet("finite field", {}, [])), True

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import _compat, edit, ops, shapes
+from graphopt import edit, ops
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def move_into(
     """
     graph_module = rewrite.graph_module
     moved = rewrite.call(aten.slice_scatter.default, room, rows, dim, start, end)
-    changed = _consequences(graph_module, node, moved.meta["val"])
+    changed = edit.consequences(graph_module, node, moved.meta["val"])
     if isinstance(changed, str):
         return changed
     for window in _returned_windows(graph_module, node, dim):
@@ -46,32 +46,3 @@ def _returned_windows(graph_module: fx.GraphModule, node: fx.Node, dim: int) -> 
         and len(user.args) < 5
         and list(user.users) == [output]
     ]
-
-
-def _consequences(
-    graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor
-) -> dict[fx.Node, Any] | str:
-    """The new values of all later nodes if `node` had the strides of `value`, or why it may not."""
-    changed: dict[fx.Node, Any] = {node: value}
-
-    def seen(argument: fx.Node) -> Any:
-        return changed.get(argument, argument.meta.get("val"))
-
-    nodes = list(graph_module.graph.nodes)
-    with _compat.fake_execution(graph_module):
-        for user in nodes[nodes.index(node) + 1 :]:
-            if user.op != "call_function" or not any(source in changed for source in user.all_input_nodes):
-                continue
-            args, kwargs = fx.map_arg((user.args, user.kwargs), seen)
-            assert callable(user.target)
-            try:
-                result = user.target(*args, **kwargs)
-            except (RuntimeError, ValueError) as error:
-                return f"{user.target} needs the cache's own strides: {str(error).splitlines()[0]}"
-            difference = shapes.difference(user.meta.get("val"), result)
-            if difference and not difference.startswith("stride"):
-                return f"{user.target} would have another {difference}"
-            if difference:
-                changed[user] = result
-    del changed[node]
-    return changed

@@ -1,0 +1,80 @@
+"""Lines of weights: lists of row or column numbers as short text, and which lines of a weight are all zero.
+
+Whether a line is zero is a fact about a weight's present value: `prune_weight` looks again when the weight has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from graphopt import _compat
+from graphopt.quantization.release import is_released
+
+_SCREENED = 8
+
+
+def spell(numbers: Iterable[int]) -> str:
+    """Ascending line numbers as ranges: [0, 1, 2, 5] is "0:3,5:6"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number:
+            parts[-1][1] += 1
+        elif parts and parts[-1][1] > number:
+            raise ValueError(f"line numbers must ascend, got {number} after {parts[-1][1] - 1}")
+        else:
+            parts.append([number, number + 1])
+    return ",".join(f"{low}:{high}" for low, high in parts)
+
+
+def numbers(spelled: str) -> list[int]:
+    """The line numbers that `spell` wrote."""
+    pairs = [part.split(":") for part in spelled.split(",") if part]
+    return list(itertools.chain.from_iterable(range(int(low), int(high)) for low, high in pairs))
+
+
+def zero_lines(weight: torch.Tensor, dim: int) -> tuple[int, ...]:
+    """The indices along `dim` of a weight of any shape at which all its elements are zero.
+
+    A few elements of each line are looked at first: a weight without such lines costs next to nothing.
+    """
+    if weight.numel() == 0:
+        return ()
+    lines = weight.detach().movedim(dim, 0)
+    found = torch.arange(lines.shape[0], device=weight.device)
+    if lines.dim() > 1:
+        screened = lines.flatten(2)[:, :_SCREENED, :1] if lines.dim() > 2 else lines[:, :_SCREENED]
+        found = found[(screened == 0).flatten(1).all(1)]
+    kept = lines.index_select(0, found)
+    zero = (kept == 0) if kept.dim() == 1 else (kept == 0).flatten(1).all(1)
+    return tuple(found[zero].tolist())
+
+
+def can_be_read(tensor: object) -> bool:
+    """Whether the elements of a weight are at hand: a plain, dense, floating point tensor with memory."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and tensor.is_floating_point()
+        and tensor.element_size() > 1
+        and not is_released(tensor)
+    )
+
+
+def digest(weights: Sequence[object]) -> str:
+    """Which rows and columns of the matrices among `weights` are zero, as a short text; "" if none is.
+
+    Part of the key of compiled graphs: those for other weights with other dead rows are other graphs.
+    """
+    found = []
+    with _compat.without_modes(), torch.no_grad():
+        for index, weight in enumerate(weights):
+            if isinstance(weight, torch.Tensor) and can_be_read(weight) and weight.dim() == 2:
+                lines = zero_lines(weight, 0), zero_lines(weight, 1)
+                found += [(index, *lines)] if any(lines) else []
+    return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""

@@ -1,0 +1,41 @@
+"""Inputs under which a rewrite claims to hold: a removal of dead heads holds for weights that are zero there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.pruning import lines, operations
+
+# Attention multiplies an error in the scores by their size: with larger values every order of a sum looks wrong.
+_LARGEST = 8.0
+
+
+def stated(after: fx.GraphModule) -> list[tuple[fx.Node, int, list[int]]]:
+    """What the new nodes rest on: (placeholder, dim, indices) of elements that must be zero."""
+    found = []
+    for node in after.graph.nodes:
+        if node.target is operations.prune_weight:
+            for weight, spelled in zip(*node.args[4:6], strict=True):
+                dim, _, which = spelled.partition(" ")
+                found.append((weight, int(dim), lines.numbers(which)))
+    return found
+
+
+def satisfied(after: fx.GraphModule, values: list[Any]) -> list[Any] | None:
+    """The values with zeros where the new nodes rest on zeros; None if some are not finite or large."""
+    needed = stated(after)
+    if not needed:
+        return values
+    floats = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not all(bool((value.abs() <= _LARGEST).all()) for value in floats):
+        return None
+    placeholders = [node for node in after.graph.nodes if node.op == "placeholder"]
+    changed = list(values)
+    for weight, dim, which in needed:
+        if weight in placeholders:
+            position = placeholders.index(weight)
+            changed[position] = changed[position].clone().index_fill_(dim, torch.tensor(which), 0)
+    return changed
