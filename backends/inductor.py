@@ -81,5 +81,6 @@ def _is_partial(node: fx.Node) -> bool:
 
 def _config(options: Options) -> dict[str, Any]:
     tuned = options.mode.startswith("max-autotune")
-    # Random numbers are eager's own: the same seed gives the same dropout mask with and without compiling.
-    return {"fallback_random": True} | ({"max_autotune": True} if tuned else {})
+    # Random numbers are eager's own: the same seed gives the same dropout mask with and without compiling. And a cast
+    # that the program writes loses its bits, also where the value is cast up again.
+    return {"fallback_random": True, "emulate_precision_casts": True} | ({"max_autotune": True} if tuned else {})
