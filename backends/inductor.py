@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from graphopt import _compat, shapes, views
+from graphopt.backends.eager_arithmetic import write_as_eager
 from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
 from graphopt.lowering import Lowered, Lowering, choose, expand
 from graphopt.options import Options
@@ -32,6 +33,7 @@ def compile_graph(
     choices = choose(graph_module, lowerings)
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     expand(graph_module, undecomposed())
+    write_as_eager(graph_module)
     _hold_layouts(graph_module)
     graph_module.recompile()
     _compat.inductor_calls(*NEVER_DECOMPOSED)
