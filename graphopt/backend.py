@@ -34,7 +34,7 @@ def graphopt(
     """
     chosen = Options.parse(mode, options)
     target = backends.resolve(chosen.target, inputs)
-    own = (*passes.PIPELINE, *passes.lossy(chosen), *passes.FOR_TARGET.get(target, ()))
+    own = (*passes.PIPELINE, *passes.lossy(chosen), *passes.for_target(target, chosen))
     arranged = pipeline.arrange((*own, *passes.installed(), *chosen.passes))
     key = _cache_key(chosen, backends.prepare(target), _dead_lines(graph_module, inputs, arranged))
 

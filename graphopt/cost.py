@@ -119,10 +119,10 @@ def measured_cpu() -> Device:
     with _compat.real_execution():
         large = torch.ones(1 << 25)
         square = torch.ones(768, 768)
-        bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 4)
+        bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 8)
         peaks = {}
         for operand in (square, square.bfloat16()):
-            peaks[operand.dtype] = 2 * 768**3 / _best(functools.partial(torch.mm, operand, operand), 4)
+            peaks[operand.dtype] = 2 * 768**3 / _best(functools.partial(torch.mm, operand, operand), 8)
     return Device("cpu", bandwidth, peaks, launch=1e-6)
 
 

@@ -60,7 +60,10 @@ class Application:
 
 @dataclasses.dataclass
 class Session:
-    """The rewrites made in one graph: their count, its limit, what was refused, and who watches."""
+    """The rewrites made in one graph: their count, its limit, what was refused, and who watches.
+
+    only: which attempts may be applied, by their number from 1 (`selecting`); None means all.
+    """
 
     limit: int | None = None
     observer: Callable[[Application], None] | None = None
@@ -68,6 +71,14 @@ class Session:
     exactness: str = "rounding"
     rewrites: int = 0
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    only: frozenset[int] | None = None
+    attempts: int = 0
+
+    def permits(self) -> bool:
+        """Count one more attempt; may it be applied?"""
+        self.attempts += 1
+        within = self.limit is None or self.rewrites < self.limit
+        return within and (self.only is None or self.attempts in self.only)
 
 
 aten = torch.ops.aten
@@ -85,6 +96,19 @@ def session(current: Session) -> Iterator[Session]:
         yield current
     finally:
         _session.reset(token)
+
+
+@contextlib.contextmanager
+def selecting(pass_name: str, numbers: frozenset[int] | None) -> Iterator[Session]:
+    """Run a pass of this name: only some of the rewrites that it tries happen, by their order from 1; None: all."""
+    with contextlib.ExitStack() as stack:
+        current = _session.get() or stack.enter_context(session(Session()))
+        saved = current.pass_name, current.only, current.attempts
+        current.pass_name, current.only, current.attempts = pass_name, numbers, 0
+        try:
+            yield current
+        finally:
+            current.pass_name, current.only, current.attempts = saved
 
 
 def refuse(node: fx.Node, reason: str) -> None:
@@ -252,7 +276,7 @@ def rewriting(graph_module: fx.GraphModule, anchor: fx.Node) -> Iterator[Rewrite
     """
     current = _session.get()
     number = current.rewrites + 1 if current else 0
-    permitted = current is None or current.limit is None or current.rewrites < current.limit
+    permitted = current is None or current.permits()
     provenance = Provenance(current.pass_name if current else "by hand", number, ())
     rewrite = Rewrite(graph_module, anchor, provenance, permitted)
     try:

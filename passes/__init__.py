@@ -57,8 +57,9 @@ PIPELINE: tuple[Callable[..., int], ...] = (
 )
 
 
-# What a target needs beyond the pipeline.
-FOR_TARGET: dict[str, tuple[Callable[..., int], ...]] = {"triton": (form_regions,)}
+def for_target(target: str, options: Options) -> tuple[Callable[..., int], ...]:
+    """What a target needs beyond the pipeline."""
+    return (_bound(form_regions, cost_model=options.cost_model),) if target == "triton" else ()
 
 
 @functools.cache

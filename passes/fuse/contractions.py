@@ -56,7 +56,7 @@ def _extend(groups: Groups, group: Group, node: Node, size: Any, contraction: No
     inner = [p for p in producers(node) if p in group.nodes]
     if not all(v.target in RESHAPES | IDENTITIES for p in inner for v in chain(node, p)):
         return
-    if any(numel(p) != size for p in inner) or groups.makes_cycle([*group.nodes, node]):
+    if any(numel(p) != size for p in inner) or not groups.may_be_one(group.nodes, [node]):
         return
     narrow = [p.meta["val"].dtype.itemsize for p in inner]
     if len(producers(node)) == 1 and node.meta["val"].dtype.itemsize > min(narrow):
@@ -92,7 +92,7 @@ def absorb_prologues(groups: Groups) -> None:
         before = groups.of.get(source) if source is not None else None
         if before is None or before.kind != "rows" or not _is_prologue(before, group, contraction):
             continue
-        if not groups.makes_cycle([*before.nodes, *group.nodes]):
+        if groups.may_be_one(before.nodes, group.nodes):
             groups.join(group, list(before.nodes))
 
 

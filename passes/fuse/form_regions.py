@@ -26,12 +26,14 @@ import itertools
 from torch.fx import GraphModule, Node
 
 from graphopt import edit
+from graphopt.cost import CostModel
 from graphopt.passes.fuse.attention_regions import ATTENTIONS, erase_unread, form_attention
 from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues, absorb_readers
 from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
 from graphopt.passes.fuse.joining import group_rows, may_join
+from graphopt.passes.fuse.worth import Worth
 from graphopt.pipeline import graph_pass
 from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_pick, is_view
 
@@ -40,12 +42,15 @@ LARGEST = 200
 
 
 @graph_pass(exactness="rounding", stage="fuse", training=False)
-def form_regions(graph_module: GraphModule) -> int:
-    """Replace fusable parts of the graph by `call_module` regions; returns how many regions were made."""
+def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = None) -> int:
+    """Replace fusable parts of the graph by `call_module` regions; returns how many regions were made.
+
+    cost_model: what joins only if it says that this takes no longer; the rules below must allow it as well.
+    """
     edit.eliminate_dead_code(graph_module)
     erase_unread(graph_module.graph)
     expand_rows(graph_module)
-    groups = Groups(graph_module.graph)
+    groups = Groups(graph_module.graph, Worth(graph_module, cost_model) if cost_model is not None else None)
     for node in graph_module.graph.nodes:
         if node.target in CONTRACTIONS:
             absorb_readers(groups, node)
@@ -72,10 +77,10 @@ def _join(groups: Groups, node: Node) -> None:
         if group is None or group is joined or group.kind != "rows" or len(group.nodes) >= LARGEST:
             continue
         if joined is None:
-            if may_join(node, group) and not groups.makes_cycle([*group.nodes, node]):
+            if may_join(node, group) and groups.may_be_one(group.nodes, [node]):
                 groups.join(group, [node])
                 joined = group
-        elif _may_merge(joined, group, node) and not groups.makes_cycle([*joined.nodes, *group.nodes]):
+        elif _may_merge(joined, group, node) and groups.may_be_one(joined.nodes, group.nodes):
             groups.join(joined, list(group.nodes))
     if joined is None:
         groups.new("rows", [node])
@@ -126,7 +131,7 @@ def _share_launches(groups: Groups) -> None:
         for first, second in itertools.combinations(candidates, 2):
             apart = first is not second and bool(first.nodes) and bool(second.nodes)
             if apart and len(first.nodes) + len(second.nodes) <= LARGEST:
-                if not groups.makes_cycle([*first.nodes, *second.nodes]):
+                if groups.may_be_one(first.nodes, second.nodes):
                     moved = list(second.nodes)
                     second.nodes = {}
                     groups.join(first, moved)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
+from graphopt.passes.fuse.worth import Worth
 from graphopt.row_ops import is_view
 
 
@@ -24,9 +25,10 @@ class Group:
 
 
 class Groups:
-    """Which group each node belongs to; nodes in no group stand alone."""
+    """Which group each node belongs to; nodes in no group stand alone. worth: a cost model that must agree to joins."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, worth: Worth | None = None) -> None:
+        self._worth = worth
         self.order = {node: place for place, node in enumerate(graph.nodes)}
         self.of: dict[Node, Group] = {}
 
@@ -49,6 +51,13 @@ class Groups:
     def all(self) -> list[Group]:
         """Every group, by its latest node."""
         return sorted(dict.fromkeys(self.of.values()), key=lambda group: self.order[group.last])
+
+    def may_be_one(self, *parts: Iterable[Node]) -> bool:
+        """May these nodes and groups be one kernel, and is it worth it?"""
+        members = [list(part) for part in parts]
+        if self.makes_cycle(node for part in members for node in part):
+            return False
+        return self._worth is None or self._worth.together(members)
 
     def makes_cycle(self, members: Iterable[Node]) -> bool:
         """Would these nodes, as one kernel, wait for a kernel that waits for them?"""
