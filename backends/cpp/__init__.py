@@ -1,11 +1,11 @@
-"""Compiled C++ kernels for what decides decode on the CPU: small-batch linears and decode attention.
+"""Compiled C++ kernels for what decides decode on the CPU: small-batch linears, plain and quantised, and attention.
 
-`build.py` compiles `src/` once per machine; `linear.py` and `attention.py` say what the operators can take.
+`build.py` compiles `src/` once per machine; `linear.py`, `quantized.py` and `attention.py` say what the operators take.
 """
 
 from __future__ import annotations
 
-from graphopt.backends.cpp import attention, build, linear
+from graphopt.backends.cpp import attention, build, linear, quantized
 from graphopt.lowering import Lowering
 from graphopt.runtime import cache
 
@@ -17,4 +17,4 @@ def unavailable_reason() -> str | None:
 
 def lowerings() -> tuple[Lowering, ...]:
     """The lowerings onto these kernels; none where they are unavailable."""
-    return () if unavailable_reason() else (*linear.lowerings(), *attention.lowerings())
+    return () if unavailable_reason() else (*linear.lowerings(), *quantized.lowerings(), *attention.lowerings())

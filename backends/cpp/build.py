@@ -33,8 +33,9 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "avx2": _AVX2,
     "avx512": _AVX512,
-    "avx512bf16": (*_AVX512, "-mavx512bf16"),
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 BUILD_SECONDS = 600.0
 

@@ -39,7 +39,7 @@ def nibbles(codes: Tensor) -> Tensor:
 
 def from_nibbles(data: Tensor) -> Tensor:
     """The inverse of `nibbles`."""
-    runs = data.reshape(data.shape[0], -1, 16)
+    runs = data.unflatten(1, (data.shape[1] // 16, 16))
     return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1)
 
 

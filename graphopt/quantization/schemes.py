@@ -86,7 +86,7 @@ class Scheme:
         flat = codecs.from_nibbles(data) if self.bits == 4 else data
         if not self.group:
             return flat[:, None], [part[:, None] for part in parameters]
-        return flat.reshape(flat.shape[0], -1, self.group), parameters
+        return flat.unflatten(1, (flat.shape[1] // self.group, self.group)), parameters
 
     def unpack(self, packed: Sequence[Tensor], columns: int) -> Tensor:
         """The weight [N, K] in float32 that packed tensors stand for; `columns` is K."""
@@ -148,6 +148,6 @@ def _by_name() -> dict[str, Scheme]:
 
 
 def canonical(scheme: str, group_size: int | None = None, symmetric: bool = False) -> str:
-    """The canonical name of a user's scheme: "int4" with its default group is "int4-g32"."""
-    group = group_size or DEFAULT_GROUP_SIZE.get(scheme)
+    """The canonical name of a user's scheme: "int4" with its default group is "int4-g32"; group size 0 is a row."""
+    group = DEFAULT_GROUP_SIZE.get(scheme) if group_size is None else group_size
     return scheme + (f"-g{group}" if group else "") + ("-sym" if symmetric else "")

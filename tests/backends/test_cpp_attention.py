@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from graphopt.backends import cpp
 from graphopt.backends.cpp import attention as lowering
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "plain")
+ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "plain")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 MASKS = ("none", "bool", "bool by head", "bool of queries", "additive", "additive float32")

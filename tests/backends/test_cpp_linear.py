@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from graphopt.backends import cpp
 from graphopt.backends.cpp import linear as lowering
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "plain")
+ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "plain")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 kernels = torch.ops.graphopt_cpp
 

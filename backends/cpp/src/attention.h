@@ -275,11 +275,4 @@ struct Attention {
   }
 };
 
-template <class Call>
-INLINE void with_storage(Dtype dtype, Call&& f) {
-  if (dtype == Dtype::fp32) return f(Fp32{});
-  if (dtype == Dtype::fp16) return f(Fp16{});
-  return f(Bf16{});
-}
-
 }  // namespace

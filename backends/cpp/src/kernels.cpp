@@ -16,7 +16,9 @@ using namespace graphopt;
 
 #include "amx.h"
 #include "attention.h"
+#include "dequantize.h"
 #include "linear.h"
+#include "quantized.h"
 
 namespace {
 
@@ -61,6 +63,58 @@ void attention_merge(Dtype dtype, const AttentionTask& task, const AttentionPiec
   with_storage(dtype, [&]<class S>(S) { Attention<S>::merge(task, pieces, count); });
 }
 
+// Whether weight rows are made bf16 before they meet these rows of x.
+[[maybe_unused]] bool on_dense(Dtype x, const QuantizedTask& task, int64_t m) { return !task.dynamic && x == Dtype::bf16 && m >= dense_from; }
+
+size_t quantized_bytes(Dtype x, const QuantizedTask& task, int64_t m) {
+  size_t bytes = 0;
+  with_reader(x, task.dynamic, task.kind, m, [&]<class M>() { bytes = PackedX<M>::bytes(m, task.k); });
+#if defined(__AVX512BF16__)
+  if (on_dense(x, task, m)) bytes += outputs_at_once * dense_ld(task.k) * sizeof(uint16_t);
+#endif
+  return bytes;
+}
+
+void quantized_pack(Dtype dtype, const QuantizedTask& task, const void* x, int64_t ldx, PackedRows rows) {
+  with_reader(dtype, task.dynamic, task.kind, rows.m, [&]<class M>() {
+    if (task.dynamic) return place_codes<M>(dtype, task.kind, x, ldx, rows);
+    if constexpr (sizeof(typename M::X) > 1) place_rows<M>(dtype, task.offsets != nullptr, x, ldx, rows);
+  });
+}
+
+void quantized_rows(Dtype out, const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+  if (on_dense(out, task, rows.m)) return dense_range(out, task, rows, begin, end);
+#endif
+  with_reader(out, task.dynamic, task.kind, rows.m, [&]<class M>() {
+    if constexpr (M::has_groups)
+      if (task.group) return quantized_range<M, true>(out, task, rows, begin, end);
+    if constexpr (M::has_rows)
+      if (!task.group) return quantized_range<M, false>(out, task, rows, begin, end);
+  });
+}
+
+void rounded_rows(Dtype dtype, Codes kind, const void* x, int64_t ldx, int64_t k, Element as, void* out, float* factors, int64_t begin, int64_t end) {
+  switch (as) {
+    case Element::integer: return rounded_rows_as(dtype, kind, x, ldx, k, static_cast<int8_t*>(out), factors, begin, end);
+    case Element::bf16: return rounded_rows_as(dtype, kind, x, ldx, k, static_cast<uint16_t*>(out), factors, begin, end);
+    case Element::fp32: return rounded_rows_as(dtype, kind, x, ldx, k, static_cast<float*>(out), factors, begin, end);
+  }
+}
+
+void finished_rows(Dtype out, const QuantizedTask& task, Element of, const void* y, const float* factors, int64_t n, int64_t count, int64_t begin, int64_t end) {
+  with_storage(out, [&]<class S>(S) {
+    for (int64_t m = begin; m < end; ++m) {
+      const float factor = factors ? factors[m] : 1.0f;
+      switch (of) {
+        case Element::integer: store_outputs<Int32, S>(task, static_cast<const int32_t*>(y) + m * count, factor, m, n, count); break;
+        case Element::bf16: store_outputs<Bf16, S>(task, static_cast<const uint16_t*>(y) + m * count, factor, m, n, count); break;
+        case Element::fp32: store_outputs<Fp32, S>(task, static_cast<const float*>(y) + m * count, factor, m, n, count); break;
+      }
+    }
+  });
+}
+
 #if !defined(__AMX_BF16__)
 constexpr decltype(Kernels::pack_panel) pack_panel = nullptr;
 constexpr decltype(Kernels::linear_panel) linear_panel = nullptr;
@@ -73,6 +127,12 @@ constexpr Kernels table = {
     .linear_rows = linear_rows,
     .pack_panel = pack_panel,
     .linear_panel = linear_panel,
+    .quantized_bytes = quantized_bytes,
+    .quantized_pack = quantized_pack,
+    .quantized_rows = quantized_rows,
+    .dequantized_rows = dequantized_rows,
+    .rounded_rows = rounded_rows,
+    .finished_rows = finished_rows,
     .attention_floats = attention_floats,
     .attention_piece = attention_piece,
     .attention_merge = attention_merge,

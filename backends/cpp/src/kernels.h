@@ -51,6 +51,25 @@ struct AttentionPiece {
   float* part;
 };
 
+// The kinds of codes of packed weights (graphopt/quantization/schemes.py has the layouts).
+enum class Codes : int { int8 = 0, fp8 = 1, int4 = 2, nf4 = 3, mxfp4 = 4 };
+
+// A linear, n rows of k columns, on a packed weight: dense rows of codes. With group 0 one float scale for each row;
+// otherwise `groups` of so many columns in each row, with half precision scales and offsets (or null), or with the
+// exponents of mxfp4. dynamic: rows of x are rounded to the same codes first.
+struct QuantizedTask {
+  const void *codes, *scales, *offsets;
+  const void* bias;  // dense, of the dtype of x, or null
+  void* out;
+  Codes kind;
+  bool dynamic;
+  int64_t n, k;
+  int64_t group, groups, row_bytes, ldo;
+};
+
+// What a matrix product by torch takes and gives.
+enum class Element : int { integer, bf16, fp32 };
+
 struct Kernels {
   const char* isa;
   // Small-batch linear, m <= max_decode_rows.
@@ -60,6 +79,16 @@ struct Kernels {
   // Large-batch linear in bf16, or null where the library's own is as fast. Rows are packed in groups of 32.
   void (*pack_panel)(const void* x, int64_t ldx, PackedRows, int64_t m_begin, int64_t m_end);
   void (*linear_panel)(const LinearTask&, PackedRows, int64_t n_begin, int64_t n_end);
+  // Small-batch linear on packed weights, x and out of one dtype. The task stands for all that share x.
+  size_t (*quantized_bytes)(Dtype, const QuantizedTask&, int64_t m);
+  void (*quantized_pack)(Dtype, const QuantizedTask&, const void* x, int64_t ldx, PackedRows);
+  void (*quantized_rows)(Dtype, const QuantizedTask&, PackedRows, int64_t n_begin, int64_t n_end);
+  // Rows of a packed weight as numbers, dense, in `out`; those of a task with group 0 are left unscaled if so asked.
+  void (*dequantized_rows)(Dtype out_dtype, const QuantizedTask&, bool scaled, void* out, int64_t n_begin, int64_t n_end);
+  // The parts of a product of many rows that torch does not make: codes of x for dynamic schemes, as int8 or as
+  // numbers, and from the sums y [m, count], int32 or numbers, to the output's columns from n.
+  void (*rounded_rows)(Dtype x_dtype, Codes, const void* x, int64_t ldx, int64_t k, Element, void* out, float* factors, int64_t m_begin, int64_t m_end);
+  void (*finished_rows)(Dtype out_dtype, const QuantizedTask&, Element, const void* y, const float* factors, int64_t n, int64_t count, int64_t m_begin, int64_t m_end);
   // Decode attention, queries <= max_decode_rows.
   void (*attention_floats)(Dtype, const AttentionTask&, int64_t* scratch, int64_t* part);
   void (*attention_piece)(Dtype, const AttentionTask&, const AttentionPiece&, float* scratch);
@@ -69,6 +98,7 @@ struct Kernels {
 // Tables in the order of preference; null where the machine or the compiler cannot.
 const Kernels* amx_kernels();
 const Kernels* avx512bf16_kernels();
+const Kernels* avx512vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* plain_kernels();

@@ -1,5 +1,4 @@
 // graphopt_cpp::linear and graphopt_cpp::parallel_linear as torch operators.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -15,10 +14,7 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Rows of one weight given to a thread are a multiple of this, so that groups of rows and cache lines stay whole.
-constexpr int64_t row_unit = 16, panel_unit = 32;
-// Below this many bytes of weight a second thread costs more than it brings.
-constexpr int64_t bytes_worth_threads = 48 << 10;
+constexpr int64_t panel_unit = 32;  // rows of a weight that the tile kernel takes together
 
 bool kernel_takes(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   if (x.dim() < 1 || weight.dim() != 2 || !dtype_of(x.scalar_type())) return false;
@@ -32,43 +28,11 @@ bool kernel_takes(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
          (bias->stride(0) == 1 || n == 1);
 }
 
-std::vector<int64_t> out_sizes(const Tensor& x, int64_t n) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  return sizes;
-}
-
-// The rows of x as one [m, k] matrix with dense rows; copies only if the strides do not allow it.
-Tensor rows_of(const Tensor& x, int64_t m) {
-  const int64_t k = x.size(-1);
-  if (x.dim() == 2 && (x.stride(1) == 1 || k == 1)) return x;
-  Tensor rows = x.reshape({m, k});
-  return rows.stride(1) == 1 || k == 1 ? rows : rows.contiguous();
-}
-
 LinearTask task_of(const Tensor& weight, const MaybeTensor& bias, const Tensor& out) {
   const bool has_bias = bias && bias->defined();
   const int64_t n = weight.size(0);
   return {weight.const_data_ptr(), has_bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, weight.size(1),
           weight.stride(0), n};
-}
-
-int64_t units_of(const LinearTask& task, int64_t unit) { return (task.n + unit - 1) / unit; }
-
-// Shares the rows of all weights, in units of so many, among threads: f(task, first row, row after the last).
-template <class Call>
-void for_rows_of_all(at::ArrayRef<LinearTask> tasks, int64_t unit, int64_t grain, const Call& f) {
-  int64_t units = 0;
-  for (const LinearTask& task : tasks) units += units_of(task, unit);
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // the unit at which the task begins
-    for (const LinearTask& task : tasks) {
-      const int64_t last = first + units_of(task, unit);
-      const int64_t from = (std::max(begin, first) - first) * unit, to = std::min((std::min(end, last) - first) * unit, task.n);
-      if (from < to) f(task, from, to);
-      first = last;
-    }
-  });
 }
 
 // Up to max_decode_rows rows: one parallel region, each thread an equal share of the bytes of weight.

@@ -20,7 +20,7 @@ namespace {
 #if defined(__x86_64__)
 
 struct Features {
-  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512vnni = false, avx512bf16 = false, amx = false;
 
   Features() {
     unsigned a, b, c, d;
@@ -33,9 +33,10 @@ struct Features {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     avx2 = saves_ymm && fma && f16c && (b & bit_AVX2);
     avx512 = avx2 && saves_zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
+    avx512vnni = avx512 && (c & (1u << 11));
     const bool tile = d & (1u << 24), tile_bf16 = d & (1u << 22);
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
-    avx512bf16 = avx512 && (a & (1u << 5));
+    avx512bf16 = avx512vnni && (a & (1u << 5));
     amx = avx512bf16 && tile && tile_bf16 && saves_tiles && may_use_tiles();
   }
 
@@ -54,8 +55,8 @@ std::vector<const Kernels*> runnable_tables() {
   const Features cpu;
   std::vector<const Kernels*> tables;
   const std::pair<bool, const Kernels*> known[] = {
-      {cpu.amx, amx_kernels()},   {cpu.avx512bf16, avx512bf16_kernels()}, {cpu.avx512, avx512_kernels()},
-      {cpu.avx2, avx2_kernels()}, {true, plain_kernels()},
+      {cpu.amx, amx_kernels()},       {cpu.avx512bf16, avx512bf16_kernels()}, {cpu.avx512vnni, avx512vnni_kernels()},
+      {cpu.avx512, avx512_kernels()}, {cpu.avx2, avx2_kernels()},             {true, plain_kernels()},
   };
   for (auto [runs, table] : known)
     if (runs && table) tables.push_back(table);

@@ -1,6 +1,7 @@
 // Shared by the files that bind kernels to torch.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -28,5 +29,41 @@ struct WithoutAutocast {
 // Memory of the calling thread, aligned to 64 bytes, valid until it asks again for the same use; kept between calls.
 enum class Scratch { per_thread, per_call };
 void* scratch(Scratch use, size_t bytes);
+
+// Rows of one weight given to a thread are a multiple of this, so that groups of rows and cache lines stay whole.
+inline constexpr int64_t row_unit = 16;
+// Below this many bytes of weight a second thread costs more than it brings.
+inline constexpr int64_t bytes_worth_threads = 48 << 10;
+
+inline std::vector<int64_t> out_sizes(const at::Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  return sizes;
+}
+
+// The rows of x as one [m, k] matrix with dense rows; copies only if the strides do not allow it.
+inline at::Tensor rows_of(const at::Tensor& x, int64_t m) {
+  const int64_t k = x.size(-1);
+  if (x.dim() == 2 && (x.stride(1) == 1 || k == 1)) return x;
+  at::Tensor rows = x.reshape({m, k});
+  return rows.stride(1) == 1 || k == 1 ? rows : rows.contiguous();
+}
+
+// Shares the rows (task.n) of all weights, in units of so many, among threads: f(task, first row, row after the last).
+template <class Task, class Call>
+void for_rows_of_all(at::ArrayRef<Task> tasks, int64_t unit, int64_t grain, const Call& f) {
+  auto units_of = [unit](const Task& task) { return (task.n + unit - 1) / unit; };
+  int64_t units = 0;
+  for (const Task& task : tasks) units += units_of(task);
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // the unit at which the task begins
+    for (const Task& task : tasks) {
+      const int64_t last = first + units_of(task);
+      const int64_t from = (std::max(begin, first) - first) * unit, to = std::min((std::min(end, last) - first) * unit, task.n);
+      if (from < to) f(task, from, to);
+      first = last;
+    }
+  });
+}
 
 }  // namespace graphopt

@@ -151,6 +151,14 @@ struct Fp16 {
   }
 };
 
+// Calls f with the storage type of this dtype.
+template <class Call>
+INLINE void with_storage(graphopt::Dtype dtype, Call&& f) {
+  if (dtype == graphopt::Dtype::fp32) return f(Fp32{});
+  if (dtype == graphopt::Dtype::fp16) return f(Fp16{});
+  return f(Bf16{});
+}
+
 // `pair` of the last elements of a row, zeros behind them; never reads past the row.
 template <class S>
 INLINE typename S::Pair pair_tail(const typename S::T* p, int64_t count) {

@@ -1,0 +1,388 @@
+// Small-batch linear on packed weights: codes are streamed once, made numbers in registers, and multiplied at the
+// precision of x. Scales of groups are brought to float once for each row and meet the sum of each group; offsets meet
+// the sums of x over the groups. Schemes that round x too give its rows codes and a scale when x is packed.
+#pragma once
+
+#include "codes.h"
+#include "linear.h"
+
+namespace {
+
+constexpr int64_t outputs_at_once = 64;  // rows of weight whose results are rounded and stored together
+
+// What packing leaves of x, and room for what belongs to the weight rows at work. All parts are aligned to 64 bytes.
+template <class M>
+struct PackedX {
+  int64_t runs, ldx;  // floats of a row of scales or sums; elements of a row of x
+  float* scales;      // [rows_at_once, runs] of the weight
+  float* totals;      // [m, outputs_at_once] of the result
+  float* factors;     // [m] of x
+  float* sums;        // [m, runs] of x
+  typename M::X* x;
+
+  PackedX(void* data, int64_t m, int64_t k) : runs(runs_padded(k)), ldx(round_up(k, 128)) {
+    scales = static_cast<float*>(data);
+    totals = scales + rows_at_once * runs;
+    factors = totals + m * outputs_at_once;
+    sums = factors + round_up(m, 16);
+    x = reinterpret_cast<typename M::X*>(sums + m * runs);
+  }
+  static size_t bytes(int64_t m, int64_t k) {
+    const int64_t floats = rows_at_once * runs_padded(k) + m * outputs_at_once + round_up(m, 16) + m * runs_padded(k);
+    return floats * sizeof(float) + m * round_up(k, 128) * sizeof(typename M::X);
+  }
+  typename M::X* end(int64_t m) const { return x + m * ldx; }
+};
+
+// Halves [count > 0] as floats, zeros behind them.
+INLINE F halves(const uint16_t* p, int64_t count) {
+  if (count >= lanes) return Fp16::widen(p);
+  uint16_t buffer[lanes] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+  return Fp16::widen(buffer);
+}
+
+// Powers of two from their biased exponents (E8M0), where 255 means NaN.
+INLINE F powers(const uint8_t* p, int64_t count) {
+  uint8_t buffer[lanes] = {};
+  for (int64_t i = 0; i < smaller(count, lanes); ++i) buffer[i] = p[i];
+  U exponent = reinterpret_cast<U>(widened(buffer) & 255);
+  U bits = exponent << 23;
+  bits = bits | (reinterpret_cast<U>(exponent == 0) & 0x00400000u) | (reinterpret_cast<U>(exponent == 255) & 0x00400000u);
+  I inside = lane_number() < int32_t(smaller(count, lanes));
+  return reinterpret_cast<F>(bits & reinterpret_cast<U>(inside));
+}
+
+// One parameter of the groups for the runs [from, from + lanes) of a weight row; zeros behind the last group.
+template <class Read>
+INLINE F for_runs(const QuantizedTask& task, int64_t from, const Read& read) {
+  const int shift = task.group == 32 ? 0 : task.group == 64 ? 1 : 2;
+  const int64_t first = from >> shift, count = task.groups - first;
+  if (count <= 0) return F{};
+  F groups = read(first, count);
+  return shift ? __builtin_shuffle(groups, lane_number() >> shift) : groups;
+}
+
+INLINE F scales_for_runs(const QuantizedTask& task, int64_t n, int64_t from) {
+  return for_runs(task, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
+    const int64_t at = n * task.groups + first;
+    return task.kind == Codes::mxfp4 ? powers(static_cast<const uint8_t*>(task.scales) + at, count)
+                                     : halves(static_cast<const uint16_t*>(task.scales) + at, count);
+  });
+}
+
+// What belongs to the code that is read as 0: codes are -8..7 here, but count from the offset in the pack.
+INLINE F offsets_for_runs(const QuantizedTask& task, int64_t n, int64_t from, F scales) {
+  return splat(8.0f) * scales + for_runs(task, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
+    return halves(static_cast<const uint16_t*>(task.offsets) + n * task.groups + first, count);
+  });
+}
+
+// Scales of weight row n to `scales`; what the offsets add to each column is added to acc, in any lane.
+template <int columns>
+INLINE void row_parameters(const QuantizedTask& task, int64_t n, int64_t runs, float* scales, const float* sums, F (&acc)[columns]) {
+  for (int64_t j = 0; j < (task.k + run - 1) / run; j += lanes) {
+    const F scale = scales_for_runs(task, n, j);
+    store(scales + j, scale);
+    if (!task.offsets) continue;
+    const F offset = offsets_for_runs(task, n, j, scale);
+    for (int c = 0; c < columns; ++c) acc[c] += offset * load(sums + c * runs + j);
+  }
+}
+
+// Totals of sums[row][column], rows first.
+template <int rows, int columns>
+INLINE void store_totals(const F (&sums)[rows][columns], float* totals) {
+  if constexpr (rows == 4)
+    for (int c = 0; c < columns; ++c)
+      *reinterpret_cast<F4m*>(totals + c * outputs_at_once) = sum4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+  else
+    for (int c = 0; c < columns; c += 2) {
+      const F4 four = sum4(sums[0][c], sums[1][c], sums[0][c + 1], sums[1][c + 1]);
+      for (int i = 0; i < 4; ++i) totals[(c + i / 2) * outputs_at_once + i % 2] = four[i];
+    }
+}
+
+// Integer sums are exact; so is what a float then keeps of them, up to its rounding.
+template <int rows, int columns>
+INLINE void store_totals(const I (&sums)[rows][columns], float* totals, const int32_t* raised) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < columns; ++c) {
+      int32_t all = -raised[c];
+      for (int i = 0; i < lanes; ++i) all += sums[r][c][i];
+      totals[c * outputs_at_once + r] = float(all);
+    }
+}
+
+// Products of `rows` weight rows from n with `columns` rows of x from m, to the totals at `place`. Behind the last
+// weight row it is taken again.
+template <class M, bool grouped, int rows, int columns>
+INLINE void quantized_block(const QuantizedTask& task, const M& reader, const PackedX<M>& packed, int64_t n, int64_t m, int64_t place, Ahead ahead) {
+  using Sum = typename M::Sum;
+  Sum acc[rows][columns] = {};
+  const uint8_t* w[rows];
+  for (int r = 0; r < rows; ++r) {
+    const int64_t row = smaller(n + r, task.n - 1);
+    w[r] = static_cast<const uint8_t*>(task.codes) + row * task.row_bytes;
+    if constexpr (grouped) row_parameters<columns>(task, row, packed.runs, packed.scales + r * packed.runs, packed.sums + m * packed.runs, acc[r]);
+  }
+  const auto* x = packed.x + m * packed.ldx;
+  auto step = [&](const typename M::Raw (&raw)[rows], int64_t s) INLINE_LAMBDA {
+    Sum part[rows][columns] = {};
+    if constexpr (!grouped)
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < columns; ++c) part[r][c] = acc[r][c];
+#pragma GCC unroll 8
+    for (int i = 0; i < M::vectors; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const auto weight = reader.vector(raw[r], i);
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; ++c) part[r][c] = M::mad(part[r][c], weight, M::row(x + c * packed.ldx + s * M::elements, i));
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c)
+        if constexpr (grouped)
+          acc[r][c] += part[r][c] * M::spread(packed.scales + r * packed.runs + s * (M::elements / run));
+        else
+          acc[r][c] = part[r][c];
+    }
+  };
+  auto steps = [&](int64_t from, int64_t to, int64_t distance) INLINE_LAMBDA {
+    for (int64_t s = from; s < to; ++s) {
+      typename M::Raw raw[rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const uint8_t* at = w[r] + s * M::bytes;
+        raw[r] = M::raw(at);
+        __builtin_prefetch(at + distance, 0, 3);
+      }
+      step(raw, s);
+    }
+  };
+  const int64_t whole = task.row_bytes / M::bytes, split = smaller(ahead.split / M::bytes, whole);
+  steps(0, split, ahead.before);
+  steps(split, whole, ahead.after);
+  if (const int64_t left = task.row_bytes - whole * M::bytes) {
+    uint8_t buffer[rows][64];
+    typename M::Raw raw[rows];
+    for (int r = 0; r < rows; ++r) raw[r] = M::raw(padded(w[r] + whole * M::bytes, left, buffer[r]));
+    step(raw, whole);
+  }
+  float* totals = packed.totals + m * outputs_at_once + place;
+  if constexpr (sizeof(typename M::X) == 1)
+    store_totals(acc, totals, reinterpret_cast<const int32_t*>(packed.sums) + m);
+  else
+    store_totals(acc, totals);
+}
+
+INLINE float number(Fp32, float x) { return x; }
+INLINE float number(Bf16, uint16_t x) { return Bf16::to_float(x); }
+struct Int32 { using T = int32_t; };
+INLINE float number(Int32, int32_t x) { return float(x); }
+
+// Sums of one row of x [count] to the output at (m, n): times the scales of x and, where it has one for each row, the
+// weight, plus the bias.
+template <class From, class S>
+INLINE void store_outputs(const QuantizedTask& task, const typename From::T* sums, float factor, int64_t m, int64_t n, int64_t count) {
+  using T = typename S::T;
+  const T* bias = task.bias ? static_cast<const T*>(task.bias) + n : nullptr;
+  const float* scales = task.group ? nullptr : static_cast<const float*>(task.scales) + n;
+  T* out = static_cast<T*>(task.out) + m * task.ldo + n;
+  for (int64_t i = 0; i < count; ++i) {
+    float value = number(From{}, sums[i]) * factor;
+    if (scales) value = value * scales[i] + (scales[i] - scales[i]);  // NaN under a scale that is not finite
+    out[i] = S::from_float(value + (bias ? S::to_float(bias[i]) : 0.0f));
+  }
+}
+
+// The totals of `count` weight rows from n to the output.
+template <class M>
+INLINE void store_totals_of(Dtype out, const QuantizedTask& task, const PackedX<M>& packed, int64_t rows, int64_t n, int64_t count) {
+  with_storage(out, [&]<class S>(S) {
+    for (int64_t m = 0; m < rows; ++m) store_outputs<Fp32, S>(task, packed.totals + m * outputs_at_once, packed.factors[m], m, n, count);
+  });
+}
+
+template <class M, bool grouped>
+void quantized_range(Dtype out, const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end) {
+  const PackedX<M> packed(rows.data, rows.m, rows.k);
+  const M reader(task.kind);
+  const Ahead ahead = Ahead::of(task.row_bytes, task.row_bytes, 1, rows.m == 1 ? 4 : 2);
+  for (int64_t first = begin; first < end; first += outputs_at_once) {
+    const int64_t count = smaller(outputs_at_once, end - first);
+    if (rows.m == 1)
+      for (int64_t i = 0; i < count; i += 4) quantized_block<M, grouped, 4, 1>(task, reader, packed, first + i, 0, i, ahead);
+    else
+      for (int64_t i = 0; i < count; i += 2)
+        for (int64_t m = 0; m < rows.m;) {
+          // The last of an odd number is taken again with its neighbour.
+          if (lanes == 16 && rows.m - m >= 4)
+            quantized_block<M, grouped, 2, 4>(task, reader, packed, first + i, m, i, ahead), m += 4;
+          else
+            quantized_block<M, grouped, 2, 2>(task, reader, packed, first + i, smaller(m, rows.m - 2), i, ahead), m += 2;
+        }
+    store_totals_of(out, task, packed, rows.m, first, count);
+  }
+}
+
+// Elements of x as a reader of this X wants them.
+template <class S>
+INLINE void convert(typename S::T from, float& to) { to = S::to_float(from); }
+template <class S>
+INLINE void convert(typename S::T from, uint16_t& to) { to = from; }
+INLINE float value_of(float x) { return x; }
+INLINE float value_of(uint16_t x) { return Bf16::to_float(x); }
+
+// Rows of x in the reader's order, and the sums of their runs where offsets will meet them.
+template <class M>
+void place_rows(Dtype dtype, bool with_sums, const void* x, int64_t ldx, PackedRows rows) {
+  const PackedX<M> packed(rows.data, rows.m, rows.k);
+  with_storage(dtype, [&]<class S>(S) {
+    for (int64_t m = 0; m < rows.m; ++m) {
+      const auto* row = static_cast<const typename S::T*>(x) + m * ldx;
+      packed.factors[m] = 1.0f;
+      for (int64_t number = 0; number < round_up(rows.k, 128) / run; ++number) {
+        const int64_t count = smaller(rows.k - number * run, run);
+        typename M::X values[run] = {};
+        if (count == run)
+          for (int i = 0; i < run; ++i) convert<S>(row[number * run + i], values[i]);
+        else
+          for (int64_t i = 0; i < count; ++i) convert<S>(row[number * run + i], values[i]);
+        M::place(values, packed.x + m * packed.ldx, number);
+        if (with_sums) {
+          F all = {};
+          for (int i = 0; i < run; i += lanes)
+            for (int j = 0; j < lanes; ++j) all[j] += value_of(values[i + j]);
+          packed.sums[m * packed.runs + number] = sum(all);
+        }
+      }
+      if (with_sums)
+        for (int64_t number = round_up(rows.k, 128) / run; number < packed.runs; ++number) packed.sums[m * packed.runs + number] = 0;
+    }
+  });
+}
+
+// To the nearest whole number, ties to even; |x| below 2^22.
+INLINE F rounded(F x) { return (x + splat(0x1.8p23f)) - splat(0x1.8p23f); }
+// To the nearest number of e4m3, ties to even; |x| up to 448.
+INLINE F rounded_to_e4m3(F x) {
+  const U u = reinterpret_cast<U>(x);
+  const F normal = reinterpret_cast<F>((u + (0x7ffffu + (u >> 20 & 1u))) & 0xfff00000u), small = (x + splat(0x1.8p14f)) - splat(0x1.8p14f);
+  return select(reinterpret_cast<I>(u & 0x7fffffffu) < 0x3c800000, small, normal);
+}
+INLINE void convert_code(float code, float& to) { to = code; }
+INLINE void convert_code(float code, uint16_t& to) { to = uint16_t(float_to_bits(code) >> 16); }  // exact
+INLINE void convert_code(float code, int8_t& to) { to = int8_t(code); }
+
+// What dynamic schemes make of one row of x: codes as the weight's, and their scale. `factor` is that scale, or NaN if
+// the row is not finite; its codes are zeros then.
+template <class S>
+struct RoundedRow {
+  const typename S::T* row;
+  int64_t k;
+  Codes kind;
+  float factor, divisor;
+
+  RoundedRow(const typename S::T* row, int64_t k, Codes kind) : row(row), k(k), kind(kind) {
+    F most = {}, probe = {};
+    int64_t i = 0;
+    for (; i + lanes <= k; i += lanes) {
+      F values;
+      for (int j = 0; j < lanes; ++j) values[j] = S::to_float(row[i + j]);
+      const F size = reinterpret_cast<F>(reinterpret_cast<U>(values) & 0x7fffffffu);
+      most = select(size > most, size, most), probe += values * splat(0.0f);
+    }
+    float largest = 0, not_finite = sum(probe);
+    for (int j = 0; j < lanes; ++j) largest = most[j] > largest ? most[j] : largest;
+    for (; i < k; ++i) {
+      const float value = S::to_float(row[i]), size = __builtin_fabsf(value);
+      largest = size > largest ? size : largest, not_finite += value * 0.0f;
+    }
+    const float scale = largest / (kind == Codes::int8 ? 127.0f : 448.0f);
+    factor = scale + not_finite, divisor = scale == 0 ? 1.0f : scale;
+  }
+
+  // Codes of a run and their sum.
+  template <class X>
+  INLINE float codes(int64_t number, X (&out)[run]) const {
+    float values[run] = {}, all = 0;
+    const int64_t count = smaller(k - number * run, run);
+    if (factor != factor || count <= 0) {
+      for (X& code : out) code = 0;
+      return 0;
+    }
+    if (count == run)
+      for (int i = 0; i < run; ++i) values[i] = S::to_float(row[number * run + i]);
+    else
+      for (int64_t i = 0; i < count; ++i) values[i] = S::to_float(row[number * run + i]);
+    for (int i = 0; i < run; i += lanes) {
+      F code = load(values + i) / splat(divisor);
+      code = kind == Codes::int8 ? rounded(code) : rounded_to_e4m3(code);
+      store(values + i, code), all += sum(code);
+    }
+    for (int i = 0; i < run; ++i) convert_code(values[i], out[i]);
+    return all;
+  }
+};
+
+template <class M>
+void place_codes(Dtype dtype, Codes kind, const void* x, int64_t ldx, PackedRows rows) {
+  const PackedX<M> packed(rows.data, rows.m, rows.k);
+  with_storage(dtype, [&]<class S>(S) {
+    for (int64_t m = 0; m < rows.m; ++m) {
+      const RoundedRow<S> row(static_cast<const typename S::T*>(x) + m * ldx, rows.k, kind);
+      packed.factors[m] = row.factor;
+      float all = 0;
+      for (int64_t number = 0; number < round_up(rows.k, 128) / run; ++number) {
+        typename M::X codes[run];
+        all += row.codes(number, codes);
+        M::place(codes, packed.x + m * packed.ldx, number);
+      }
+      if constexpr (sizeof(typename M::X) == 1) reinterpret_cast<int32_t*>(packed.sums)[m] = 128 * int32_t(all);
+    }
+  });
+}
+
+// The same for products that torch makes: dense rows [m_begin, m_end) of X, and their factors.
+template <class X>
+void rounded_rows_as(Dtype dtype, Codes kind, const void* x, int64_t ldx, int64_t k, X* out, float* factors, int64_t begin, int64_t end) {
+  with_storage(dtype, [&]<class S>(S) {
+    for (int64_t m = begin; m < end; ++m) {
+      const RoundedRow<S> row(static_cast<const typename S::T*>(x) + m * ldx, k, kind);
+      factors[m] = row.factor;
+      for (int64_t i = 0; i < k; i += run) {
+        X codes[run];
+        row.codes(i / run, codes);
+        __builtin_memcpy(out + m * k + i, codes, smaller(k - i, run) * sizeof *out);
+      }
+    }
+  });
+}
+
+[[maybe_unused]] constexpr int64_t dense_from = 5;  // rows of x for which making the weight dense costs less
+
+// Calls f.operator()<M>() with the reader for this dtype of x and number of its rows.
+template <class Call>
+INLINE void with_reader([[maybe_unused]] Dtype x, bool dynamic, Codes kind, [[maybe_unused]] int64_t m, Call&& f) {
+#if defined(__AVX512VNNI__)
+  if (dynamic && kind == Codes::int8) return f.template operator()<ByteDots>();
+#endif
+#if defined(__AVX512BF16__)
+  if (!dynamic && x == Dtype::bf16 && m >= dense_from) return f.template operator()<Dense>();
+  if (dynamic || (x == Dtype::bf16 && m > 1)) {
+    if (kind == Codes::int8) return f.template operator()<BytePairs<Int8>>();
+    if (kind == Codes::fp8) return f.template operator()<BytePairs<E4m3>>();
+  }
+  if (x == Dtype::bf16 && (kind == Codes::int4 || kind == Codes::mxfp4)) return f.template operator()<NibblePairs>();
+#endif
+  if (kind == Codes::int8) return f.template operator()<ByteReader<Int8>>();
+  if (kind == Codes::fp8) return f.template operator()<ByteReader<E4m3>>();
+  if (kind == Codes::int4) return f.template operator()<NibbleReader<true>>();
+  f.template operator()<NibbleReader<false>>();
+}
+
+}  // namespace
