@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._guards import TracingContext
 from torch._inductor.output_code import OutputCode as OutputCode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -60,8 +60,12 @@ def static_input_indices() -> list[int]:
 
 
 def is_control_flow(error: BaseException) -> bool:
-    """Whether Dynamo itself raised `error` to steer its tracing (restarts, graph breaks): never to be swallowed."""
-    return isinstance(error, TorchDynamoException) or type(error).__name__.endswith("RestartAnalysis")
+    """Whether Dynamo itself raised `error` to steer its tracing (restarts, graph breaks): never to be swallowed.
+
+    That Inductor cannot compile a graph is no such thing, although its error is one of Dynamo's by class.
+    """
+    dynamos = isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+    return dynamos or type(error).__name__.endswith("RestartAnalysis")
 
 
 def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode | None:
@@ -160,6 +164,13 @@ def aot(
     return compiled
 
 
+def in_memory_format_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, laid out as eager's operators do that keep the memory format of an operand (channels last)."""
+    from torch._prims_common import suggest_memory_format
+
+    return tensor.contiguous(memory_format=suggest_memory_format(like))
+
+
 def inductor_decompositions() -> dict[Any, Any]:
     """Inductor's table of decompositions, from operator to a function on tensors.
 
@@ -174,12 +185,11 @@ def inductor_decompositions() -> dict[Any, Any]:
 
 @functools.cache
 def inductor_calls(*operators: Any) -> None:
-    """Let Inductor call these operators as eager does, although it knows a decomposition of them."""
-    from torch._inductor.lowering import lowerings, make_fallback
+    """Let Inductor call these operators as eager does, although it knows a decomposition or code of its own."""
+    from torch._inductor.lowering import make_fallback
 
     for operator in operators:
-        if operator not in lowerings:
-            make_fallback(operator, override_decomp=True)
+        make_fallback(operator, override_decomp=True)
 
 
 def force_stride_order() -> Any:

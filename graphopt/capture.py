@@ -35,8 +35,9 @@ KEPT = (
     aten.bmm.default,
 )
 
-# Decompositions that differ from eager: of integers linspace rounds instead of truncating; unpooling forgets strides.
-NEVER_DECOMPOSED = (aten.linspace.default, aten.max_unpool2d.default, aten.max_unpool3d.default)
+# Where Inductor's decomposition or code differs from eager: of integers linspace rounds instead of truncating; the
+# gradient of average pooling with ceil_mode and padding is divided by another count.
+NEVER_DECOMPOSED = (aten.linspace.default, aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,13 @@ def info(graph_module: fx.GraphModule) -> GraphInfo:
 def decompositions() -> dict[Any, Any]:
     """The table that captured graphs are decomposed with."""
     whole = {*KEPT, *NEVER_DECOMPOSED}
-    return {op: function for op, function in _compat.inductor_decompositions().items() if op not in whole}
+    table = {op: function for op, function in _compat.inductor_decompositions().items() if op not in whole}
+    unpool = table[aten.max_unpool2d.default]
+
+    def max_unpool2d(x: torch.Tensor, indices: torch.Tensor, output_size: list[int]) -> torch.Tensor:
+        return _compat.in_memory_format_of(x, unpool(x, indices, output_size))
+
+    return {**table, aten.max_unpool2d.default: max_unpool2d}
 
 
 @functools.cache

@@ -184,3 +184,30 @@ def test_long_reduction(target: str) -> None:
 
 def test_many_arguments(target: str) -> None:
     like_eager(lambda *xs: sum(xs), *[torch.full((3,), float(n)) for n in range(70)], target=target)
+
+
+def test_symbolic_window_of_pooling(target: str) -> None:
+    """Inductor cannot compile it: the graph runs by its meaning."""
+
+    def program(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(x, (height, width))
+
+    subject = door.compiled(program, target=target, dynamic=True)
+    x = torch.randn(1, 8, 8, 8)
+    for height, width in [(5, 7), (3, 2)]:
+        compare.same(subject(x, height, width), program(x, height, width))
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_gradient_of_padded_pooling(stride: int, target: str) -> None:
+    pool = torch.nn.AvgPool1d(7, stride=stride, padding=3, ceil_mode=True)
+    like_eager(pool, torch.randn(1, 2, 9, requires_grad=True), target=target, backward=True)
+
+
+def test_unpooling_in_channels_last(target: str) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        values, places = torch.nn.functional.max_pool2d(x, 3, (2, 1), return_indices=True)
+        return torch.nn.functional.max_unpool2d(values, places, 3, (2, 1))
+
+    for batch in (1, 2):
+        like_eager(program, torch.randn(batch, 2, 3, 6).to(memory_format=torch.channels_last), target=target)
