@@ -147,13 +147,14 @@ class _Pending:
 
 def table(found: Sequence[Quality]) -> Table:
     """One row for each measured scheme."""
+    from graphopt.quantization.schemes import canonical
+
     shown = Table("scheme", "rounding", "MB", "perplexity", "change", "KL", "same choice", title=_title(found))
     for quality in found:
         quantize = quality.plan.quantize
-        group = f"-g{quantize.group_size}" if quantize.group_size else ""
         change = quality.perplexity_after / quality.perplexity_before - 1
         shown.add_row(
-            quantize.scheme + group + ("-sym" if quantize.symmetric else ""),
+            canonical(quantize.scheme, quantize.group_size, quantize.symmetric),
             quantize.rounding,
             f"{quality.plan.bytes_after / 1e6:.1f}",
             f"{quality.perplexity_after:.3f}",

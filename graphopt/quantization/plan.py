@@ -24,7 +24,7 @@ from graphopt.quantization.calibration import Calibration, Inputs
 from graphopt.quantize_options import Quantize
 from graphopt.runtime import packs
 
-CANDIDATES = ("int4-g128", "int4-g64", "int4-g32", "int8")
+CANDIDATES = ("int4-g128", "int4-g64", "int4-g32", "int8", "int8-g64")
 """What `auto` chooses from, besides leaving a weight as it is."""
 
 
@@ -131,7 +131,7 @@ def choose(
         return None, "the plan does not know it"
     asked = schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric))
     # Errors of the head are errors of the logits: four bits are too few for them.
-    return (schemes.named("int8") if lm_head and asked.bits < 8 else asked), ""
+    return (schemes.named(schemes.canonical("int8")) if lm_head and asked.bits < 8 else asked), ""
 
 
 def _calibration(quantize: Quantize) -> Calibration | None:

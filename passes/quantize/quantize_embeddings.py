@@ -2,8 +2,8 @@
 
     rows = embedding(table, indices)
 becomes
-    packed = graphopt.quantize_weight(table, "int8")
-    rows = graphopt.quantized_embedding(indices, [packed[0], packed[1]], 64, bfloat16, "int8")
+    packed = graphopt.quantize_weight(table, "int8-g64")
+    rows = graphopt.quantized_embedding(indices, [packed[0], packed[1]], 64, bfloat16, "int8-g64")
 
 Only with `Quantize(embeddings=True)`: a look-up reads few bytes anyway, so that this saves memory, not time. A table
 that is also the weight of a quantised linear (tied) takes that linear's scheme, and both read one pack.

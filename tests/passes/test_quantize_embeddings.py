@@ -55,17 +55,17 @@ def test_a_tied_table_has_one_pack() -> None:
     quantize = Quantize("int4", embeddings=True)
     graph = check_pass(through(quantize), model, [IDS], count=1)
     nodes = [node for node in graph.after.graph.nodes if node.target is operations.quantize_weight]
-    assert [node.args[1] for node in nodes] == ["int8", "int8"]
+    assert [node.args[1] for node in nodes] == ["int8-g64", "int8-g64"]
     packs.refresh()
     with torch.no_grad():
         torch.compile(model, backend=backend, options={"quantize": quantize, "target": "inductor"})(IDS)
-    assert packs.packed_bytes() == schemes.named("int8").nbytes(80, 64)
+    assert packs.packed_bytes() == schemes.named("int8-g64").nbytes(80, 64)
 
 
 def test_an_untied_table_has_its_own_scheme() -> None:
     graph = check_pass(through(Quantize("int4", embeddings=True)), Speaker(tied=False), [IDS], count=1)
     nodes = [node for node in graph.after.graph.nodes if node.target is operations.quantize_weight]
-    assert sorted(node.args[1] for node in nodes) == ["int4-g32", "int8"]
+    assert sorted(node.args[1] for node in nodes) == ["int4-g32", "int8-g64"]
 
 
 def test_off_unless_asked_for() -> None:
@@ -94,7 +94,7 @@ def test_refuses_names_left_out_by_the_user() -> None:
 
 
 def test_refuses_a_table_that_would_not_shrink() -> None:
-    refused(nn.Embedding(20, 1), "it would take 100 bytes instead of 80")
+    refused(nn.Embedding(20, 1), "as int8-g64 it would take 1320 bytes instead of 80")
 
 
 def test_refuses_a_table_that_is_not_finite() -> None:

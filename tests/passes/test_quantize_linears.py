@@ -156,7 +156,7 @@ def test_refuses_a_part_of_a_parameter() -> None:
 
 
 def test_refuses_a_weight_that_would_not_shrink() -> None:
-    refused(nn.Linear(1, 64), [torch.randn(3, 1)], "int8", "it would take 320 bytes instead of 256")
+    refused(nn.Linear(1, 64), [torch.randn(3, 1)], Quantize("int8", 0), "it would take 320 bytes instead of 256")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -177,7 +177,7 @@ def test_the_head_can_be_left_out_or_have_its_own_scheme(tied: bool) -> None:
     ids = [torch.randint(0, 80, (2, 5))]
     kept = check_pass(through(Quantize("int4", lm_head=False)), Speaker(tied), ids, count=3)
     assert any("lm_head=False" in refusal.reason for refusal in kept.refusals)
-    for given, head in ((True, "int8"), ("fp8", "fp8"), ("int4", "int4-g32")):
+    for given, head in ((True, "int8-g64"), ("fp8", "fp8"), ("int4", "int4-g32")):
         own = check_pass(through(Quantize("int4", lm_head=given)), Speaker(tied), ids, count=4)
         names = [n.args[3] for n in own.after.graph.nodes if n.target is operations.quantized_linear]
         assert sorted(names) == sorted(["int4-g32", "int4-g32", "int4-g32", head])

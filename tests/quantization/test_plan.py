@@ -41,7 +41,7 @@ def test_the_table_has_the_bytes_and_the_errors(model: nn.Module) -> None:
 def test_output_errors_come_from_the_calibration(model: nn.Module) -> None:
     x = torch.randn(64, 128)
     found = graphopt.plan(model, Quantize("int8", calibration=graphopt.calibrate(model, [x])))
-    scheme, weight = schemes.named("int8"), model[0].weight.detach()
+    scheme, weight = schemes.named("int8-g64"), model[0].weight.detach()
     rows = x.bfloat16().float()
     error = rows @ (scheme.unpack(scheme.pack(weight), 128) - weight).T
     expected = error.norm() / (rows @ weight.T).norm()
@@ -66,7 +66,8 @@ def test_auto_is_the_best_of_all_assignments(model: nn.Module) -> None:
     budget = 0.05
     tables = []
     for name in CANDIDATES:
-        user = {"int8": Quantize("int8")}.get(name) or Quantize("int4", int(name.removeprefix("int4-g")))
+        scheme, _, group = name.partition("-g")
+        user = Quantize(scheme, int(group or 0))
         tables.append([(layer.bytes_after, layer.weight_error) for layer in graphopt.plan(model, user).layers])
     tables.append([(layer.bytes_before, 0.0) for layer in graphopt.plan(model, Quantize("int8")).layers])
     best = min(

@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_definitions(model, ids) -> None:
     assert found.perplexity_before == pytest.approx(math.exp(loss), rel=1e-5)
     assert 0 < found.kl < 1e-3 and found.same_choice > 0.9
     assert found.perplexity_after == pytest.approx(found.perplexity_before, rel=1e-2)
-    assert json.loads(found.to_json())["plan"]["layers"][0]["scheme"] == "int8"
+    assert json.loads(found.to_json())["plan"]["layers"][0]["scheme"] == "int8-g64"
     assert "int8" in str(found.plan)
 
 

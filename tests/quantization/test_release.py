@@ -52,7 +52,7 @@ def test_compiled_answers_stay_and_memory_goes(released) -> None:
     assert is_released(model.mix.weight) and model.mix.weight.untyped_storage().nbytes() == 64 * 4
     with torch.no_grad():
         assert torch.equal(program(IDS), before)
-        assert torch.equal(program(IDS[:1]), before[:1])
+        torch.testing.assert_close(program(IDS[:1]), before[:1])  # another shape adds up in another order
 
 
 def test_every_other_use_is_an_error_or_nan(released) -> None:
