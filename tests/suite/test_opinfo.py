@@ -10,6 +10,13 @@ from tests.suite import opinfo
 
 CASES = opinfo.cases()
 
+# In generated code these differ from eager, as they do in Inductor.
+KNOWN = {
+    "unsafe_split": "the only chunk is the input itself, where eager makes another view of it",
+    "std_mean.unbiased": "the mean of an empty tensor is 0, where eager's is nan",
+    "var_mean.unbiased": "the mean of an empty tensor is 0, where eager's is nan",
+}
+
 
 @pytest.mark.rotate(one_in=24)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -20,6 +27,8 @@ def test_meaning(case: opinfo.Case) -> None:
 @pytest.mark.rotate(one_in=200)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_generated_code(case: opinfo.Case) -> None:
+    if case.op in KNOWN:
+        pytest.xfail(KNOWN[case.op])
     opinfo.check(case, target="cpu", most=2)
 
 
