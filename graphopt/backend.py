@@ -34,13 +34,12 @@ def graphopt(
     """
     chosen = Options.parse(mode, options)
     target = backends.resolve(chosen.target, inputs)
-    own = (*passes.PIPELINE, *passes.lossy(chosen), *passes.for_target(target, chosen))
-    arranged = pipeline.arrange((*own, *passes.installed(), *chosen.passes))
-    key = _cache_key(chosen, backends.prepare(target), _dead_lines(graph_module, inputs, arranged))
+    ordered = arranged(chosen, target)
+    key = _cache_key(chosen, backends.prepare(target), _dead_lines(graph_module, inputs, ordered))
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
         with _compat.compile_caches(str(cache.cache_dir("inductor")), key):
-            return _compile(captured, fake_inputs, info, chosen, arranged)
+            return _compile(captured, fake_inputs, info, chosen, ordered)
 
     with _compat.compile_caches(str(cache.cache_dir("inductor")), key, read=_may_reuse(chosen)):
         try:
@@ -54,6 +53,12 @@ def graphopt(
             report.add(left)
             forward: Callable[..., Any] = graph_module.forward
             return forward
+
+
+def arranged(options: Options, target: str) -> list[Callable[..., int]]:
+    """The passes that run for a target under these options, in order: the library's, installed ones, the user's."""
+    own = (*passes.PIPELINE, *passes.lossy(options), *passes.for_target(target, options))
+    return pipeline.arrange((*own, *passes.installed(), *options.passes))
 
 
 def _compile(

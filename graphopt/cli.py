@@ -16,6 +16,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 console = Console()
 
 _SYSTEMS = "eager,inductor,graphopt"
+_TARGETS = "sm_80,sm_90,sm_100,gfx942"
 
 _DTYPE = typer.Option(help="float32, bfloat16 or float16.")
 _MODEL = typer.Option(help="smollm2, minilm, llama:HIDDENxLAYERS, or the path of a folder or .gguf file.")
@@ -155,6 +156,26 @@ def bisect(
 
     found = search.run(command, compare_output=output, timeout=timeout, progress=console.print)
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def kernels(
+    model: Annotated[str, typer.Argument(help=str(_MODEL.help))],
+    dtype: Annotated[str, _DTYPE] = "bfloat16",
+    length: Annotated[int, typer.Option(help="Tokens of the prompt or text.")] = 128,
+    targets: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100, gfx942; with commas.")] = _TARGETS,
+    save: Annotated[Path | None, typer.Option(help="A folder for the generated files.")] = None,
+) -> None:
+    """Compile a model's generated Triton kernels, with no GPU, and print registers, spills, shared memory, occupancy.
+
+    Exit status 1 when a kernel spills or does not fit.
+    """
+    from graphopt.commands import kernels as command
+
+    if save is not None and not save.is_dir():
+        raise typer.BadParameter(f"{save}: there is no such folder")
+    if not command.run(model, dtype, length, targets.split(","), save, console):
+        raise typer.Exit(1)
 
 
 @app.command()

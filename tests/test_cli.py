@@ -25,7 +25,7 @@ LENGTHS = {"decode": 8, "prefill": 8, "encode": 8}
 
 def test_help_names_the_commands() -> None:
     text = CliRunner().invoke(app, ["--help"]).output
-    assert all(command in text for command in ("demo", "bench", "explain", "passes"))
+    assert all(command in text for command in ("demo", "bench", "explain", "kernels", "passes"))
 
 
 def test_explain_prints_a_report_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +40,22 @@ def test_explain_prints_a_report_as_json(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_explain_refuses_an_unknown_dtype() -> None:
     result = CliRunner().invoke(app, ["explain", "llama:64x1", "--dtype", "float8"])
     assert isinstance(result.exception, OptionError) and "dtype must be one of" in str(result.exception)
+
+
+def test_kernels_are_compiled_for_absent_gpus_and_written(tmp_path: Path) -> None:
+    arguments = ["kernels", "llama:64x1", "--targets", "sm_90,gfx942", "--length", "8", "--save", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("sm_90") == result.output.count("gfx942") > 10
+    for name in ("prefill", "decode"):
+        compile((tmp_path / f"{name}.py").read_text(), name, "exec")
+
+
+def test_kernels_refuses_an_unknown_target(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["graphopt", "kernels", "llama:64x1", "--targets", "sm_75"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "unknown target 'sm_75'; allowed are sm_80" in capsys.readouterr().err
 
 
 def test_passes_lists_every_pass_of_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

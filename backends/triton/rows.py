@@ -33,6 +33,8 @@ PERSISTENT_LIMIT = 8192
 TILE = 1024
 """How many elements a program of a short-row or elementwise kernel handles."""
 
+_WITH_TABLES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default, torch.ops.aten.tan.default)
+
 
 @dataclasses.dataclass
 class Scope:
@@ -81,14 +83,19 @@ class RowSection:
         self.evaluator = Evaluator(region, self, axes)
         self.scopes = [Scope()]
 
+    def _needs_many_registers(self) -> bool:
+        """Whether it calls a function whose argument is reduced with tables: a thread can hold two of them, no more."""
+        return any(node.target in _WITH_TABLES for node in self.region.graph_module.graph.nodes)
+
     def _configure(self) -> None:
         """Block sizes: `constants`, `looped`, `num_warps`, and which masks are not needed."""
         rows = int(self.x.total) if self.x.total.is_Integer else None
         self.looped = False
         if self.r is None:
-            block = TILE if rows is None else min(TILE, max(32, power_of_two(rows)))
+            most = TILE if not self._needs_many_registers() else TILE // 4
+            block = most if rows is None else min(most, max(32, power_of_two(rows)))
             self.constants = {self.xblock: block}
-            self.num_warps = 4 if block >= 512 else 1
+            self.num_warps = 4 if block * 2 >= most else 1
             if rows and rows % block == 0:
                 self.x.mask = None
             return

@@ -152,7 +152,8 @@ def test_two_views_of_one_storage(target: str) -> None:
     like_eager(program, storage[:6], storage[2:], target=target)
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo guards on overlap only when it sees some while it traces")
+# Not strict: generated code may happen to do the two in the order that is right.
+@pytest.mark.xfail(strict=False, reason="Dynamo guards on overlap only when it sees some while it traces")
 def test_apart_first_then_overlapping(target: str) -> None:
     """Code compiled for inputs that do not overlap is not used when they do."""
 
