@@ -6,6 +6,8 @@ from graphopt.errors import GraphoptError, OptionError
 from graphopt.explanation import explain
 from graphopt.options import Options
 from graphopt.pipeline import graph_pass
+from graphopt.prune_options import PruneHeads
+from graphopt.pruning.importance import Importance, head_importance
 from graphopt.quantization.calibration import Calibration, calibrate
 from graphopt.quantization.gguf_file import load_gguf
 from graphopt.quantization.plan import Plan, plan
@@ -17,15 +19,18 @@ from graphopt.report import Report, counters
 __all__ = [
     "Calibration",
     "GraphoptError",
+    "Importance",
     "OptionError",
     "Options",
     "Plan",
+    "PruneHeads",
     "Quantize",
     "Report",
     "calibrate",
     "counters",
     "explain",
     "graph_pass",
+    "head_importance",
     "load_gguf",
     "load_quantized",
     "plan",

@@ -114,7 +114,8 @@ def _may_reuse(options: Options) -> bool:
     """Whether a stored artifact may stand in for running the passes: not when the user watches or extends them."""
     watched = options.dump or options.debug or options.verify != "off" or report.collector() is not None
     foreign = options.passes or passes.installed() or options.cost_model
-    return not (watched or foreign or depends_on_values(options.quantize))
+    by_value = depends_on_values(options.quantize) or options.prune_heads is not None
+    return not (watched or foreign or by_value)
 
 
 def _cache_key(options: Options, prepared: str, dead: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graphopt.errors import OptionError
+from graphopt.prune_options import PruneHeads
 from graphopt.quantize_options import Quantize
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -29,6 +30,7 @@ class Options:
     target: where the graph is lowered to; "auto" takes "triton" for CUDA/ROCm tensors and "cpu" otherwise;
         "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
     quantize: how weights are quantised: a scheme's name ("int8", "int4", ...) or a `graphopt.Quantize`; None does not.
+    prune_heads: which heads and channels may be left out although they are alive: a `graphopt.PruneHeads`; None: none.
     passes: extra passes, each made with `@graph_pass`.
     disable: names of passes to leave out.
     limit: stop after this many rewrites in one compiled graph (for bisecting); None means no limit.
@@ -44,6 +46,7 @@ class Options:
     mode: str = "default"
     target: str = "auto"
     quantize: Quantize | str | None = None
+    prune_heads: PruneHeads | None = None
     passes: tuple[Callable[..., int], ...] = ()
     disable: tuple[str, ...] = ()
     limit: int | None = None
@@ -58,6 +61,7 @@ class Options:
         _one_of("target", self.target, TARGETS)
         _one_of("verify", self.verify, VERIFY)
         object.__setattr__(self, "quantize", Quantize.parse(self.quantize))
+        PruneHeads.parse(self.prune_heads)
         if self.cost_model is not None and not callable(self.cost_model):
             raise OptionError(
                 f"option 'cost_model' must be a function from a region to a graphopt.cost.Cost, got {self.cost_model!r}"

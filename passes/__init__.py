@@ -18,6 +18,8 @@ from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.start_with_room import start_with_room
+from graphopt.passes.prune.prune_by_importance import prune_by_importance
+from graphopt.passes.prune.prune_certified import prune_certified
 from graphopt.passes.prune.prune_dead import prune_dead
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_embeddings import quantize_embeddings
@@ -82,6 +84,17 @@ def installed() -> tuple[Callable[..., int], ...]:
 
 def lossy(options: Options) -> tuple[Callable[..., int], ...]:
     """The passes that change answers, bound to what the options ask for; none unless they ask by name."""
+    return (*_pruning(options), *_quantizing(options))
+
+
+def _pruning(options: Options) -> tuple[Callable[..., int], ...]:
+    if options.prune_heads is None:
+        return ()
+    function = prune_by_importance if options.prune_heads.max_error is None else prune_certified
+    return (_bound(function, prune=options.prune_heads),)
+
+
+def _quantizing(options: Options) -> tuple[Callable[..., int], ...]:
     quantize = Quantize.parse(options.quantize)
     if quantize is None:
         return ()

@@ -13,7 +13,7 @@ PASS_BUDGET, FILE_BUDGET = 150, 400
 
 # From the bottom: a module may import from its own layer and from those below it.
 LAYERS = (
-    ("graphopt.errors", "graphopt.options", "graphopt.quantize_options", "graphopt._compat"),
+    ("graphopt.errors", "graphopt.options", "graphopt.quantize_options", "graphopt.prune_options", "graphopt._compat"),
     (
         "graphopt.match",
         "graphopt.edit",

@@ -173,7 +173,7 @@ def _getitem(node: fx.Node, dim: int) -> list[Edge] | None:
     if found is not None:
         return [Edge(found[0], dim, start=found[1] if dim == node.meta["val"].dim() - 1 else 0)]
     made, index = cast(tuple[Any, ...], node.args)
-    if made.target is aten.native_layer_norm.default and index == 0:
+    if made.target in (aten.native_layer_norm.default, aten._fused_rms_norm.default) and index == 0:
         return [Edge(made.args[0], dim)] if dim < node.meta["val"].dim() - len(made.args[1]) else None
     return None
 

@@ -53,6 +53,13 @@ def zero_lines(weight: torch.Tensor, dim: int) -> tuple[int, ...]:
     return tuple(found[zero].tolist())
 
 
+def are_zero(weight: torch.Tensor, condition: str) -> bool:
+    """Whether the lines of a weight named by "dim lines" are zero."""
+    dim, _, which = condition.partition(" ")
+    index = torch.tensor(numbers(which), device=weight.device)
+    return not bool(weight.index_select(int(dim), index).any())
+
+
 def can_be_read(tensor: object) -> bool:
     """Whether the elements of a weight are at hand: a plain, dense, floating point tensor with memory."""
     return (
@@ -67,14 +74,14 @@ def can_be_read(tensor: object) -> bool:
 
 
 def digest(weights: Sequence[object]) -> str:
-    """Which rows and columns of the matrices among `weights` are zero, as a short text; "" if none is.
+    """Which lines of the weights are zero, as a short text; "" if none is.
 
     Part of the key of compiled graphs: those for other weights with other dead rows are other graphs.
     """
     found = []
     with _compat.without_modes(), torch.no_grad():
         for index, weight in enumerate(weights):
-            if isinstance(weight, torch.Tensor) and can_be_read(weight) and weight.dim() == 2:
-                lines = zero_lines(weight, 0), zero_lines(weight, 1)
-                found += [(index, *lines)] if any(lines) else []
+            if isinstance(weight, torch.Tensor) and can_be_read(weight):
+                zero = [zero_lines(weight, dim) for dim in range(weight.dim())]
+                found += [(index, zero)] if any(zero) else []
     return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from graphopt.errors import StalePruningError
 from graphopt.ops import operation
-from graphopt.pruning import lines
+from graphopt.pruning import bounds, lines
 
 
 def _pruned_shape(
-    weight: Tensor, rows: str, columns: str, transposed: bool, zero: Sequence[Tensor], zero_lines: Sequence[str]
+    weight: Tensor, rows: str, columns: str, transposed: bool, facts: Sequence[Tensor], conditions: Sequence[str]
 ) -> Tensor:
     turned = weight.t() if transposed else weight
     kept = (rows, columns)[: turned.dim()]
@@ -26,25 +26,27 @@ def _pruned_shape(
 
 
 @operation(
-    "(Tensor weight, str rows, str columns, bool transposed, Tensor[] zero, str[] zero_lines) -> Tensor",
+    "(Tensor weight, str rows, str columns, bool transposed, Tensor[] facts, str[] conditions) -> Tensor",
     _pruned_shape,
 )
 def prune_weight(
-    weight: Tensor, rows: str, columns: str, transposed: bool, zero: Sequence[Tensor], zero_lines: Sequence[str]
+    weight: Tensor, rows: str, columns: str, transposed: bool, facts: Sequence[Tensor], conditions: Sequence[str]
 ) -> Tensor:
     """The given rows and columns of a weight [N, K] (or, transposed, of one kept as [K, N]; or a bias [N]).
 
-    rows, columns: as `lines.spell` writes them; "" keeps all. The result is dense. zero, zero_lines: what the removal
-    rests on, for each tensor "dim lines": elements that must be zero ("1 0:64" are the first 64 columns).
-    Raises StalePruningError when one of them is not.
+    rows, columns: as `lines.spell` writes them; "" keeps all. The result is dense. facts, conditions: weights, and what
+    must hold of each for the removal to be right: "zero 1 0:64" (its first 64 columns are zero), "bound ..." (what
+    `bounds.Block.spell` wrote; the other weights of the block follow, under "with").
+    Raises StalePruningError when a condition does not hold.
     """
-    for tensor, spelled in zip(zero, zero_lines, strict=True):
-        dim, _, which = spelled.partition(" ")
-        index = torch.tensor(lines.numbers(which), device=tensor.device)
-        if bool(tensor.index_select(int(dim), index).any()):
+    for number, condition in enumerate(conditions):
+        kind, _, rest = condition.partition(" ")
+        if kind == "zero" and not lines.are_zero(facts[number], rest):
             raise StalePruningError("a head or channel that was dead when the graph was compiled is alive again")
+        if kind == "bound" and not bounds.Block.read(rest).holds(facts[number:]):
+            raise StalePruningError("heads that could be left out within max_error no longer can")
     kept = weight.t() if transposed else weight
-    for number, spelled in enumerate((rows, columns)):
+    for dim, spelled in enumerate((rows, columns)):
         if spelled:
-            kept = kept.index_select(number, torch.tensor(lines.numbers(spelled), device=weight.device))
+            kept = kept.index_select(dim, torch.tensor(lines.numbers(spelled), device=weight.device))
     return kept.clone(memory_format=torch.contiguous_format)

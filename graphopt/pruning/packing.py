@@ -11,10 +11,10 @@ from graphopt.runtime import packs, prologue
 @prologue.call_time(operations.prune_weight, packs_weights=True)
 @packs.packed
 def pack_pruned(
-    weight: Tensor, rows: str, columns: str, transposed: bool, zero: list[Tensor], zero_lines: list[str]
+    weight: Tensor, rows: str, columns: str, transposed: bool, facts: list[Tensor], conditions: list[str]
 ) -> Tensor:
     """`graphopt.prune_weight` under the guard of `runtime.packs`."""
     pruned: Tensor = operations.prune_weight(
-        weight.detach(), rows, columns, transposed, [tensor.detach() for tensor in zero], zero_lines
+        weight.detach(), rows, columns, transposed, [fact.detach() for fact in facts], conditions
     )
     return pruned

@@ -24,9 +24,15 @@ aten = torch.ops.aten
 Dead = Mapping[int, tuple[liveness.Evidence, ...]]
 """Channels to remove, each with what shows that it is dead (nothing, if the user gave it up)."""
 
+Conditions = Sequence[tuple[fx.Node, str]]
+"""Weights, and what must hold of each, as `prune_weight` wants it."""
 
-def kept_channels(part: region.Region, dead: Collection[int]) -> list[int]:
-    """The channels of a consumer's input that stay: whole heads, as many as attention needs; never none."""
+
+def kept_channels(part: region.Region, dead: Collection[int], alike: bool = False) -> list[int]:
+    """The channels of a consumer's input that stay: whole heads, as many as attention needs; never none.
+
+    alike: keep what graphs with and without a cache can do without, so that both compute the same.
+    """
     x = cast(fx.Node, part.consumer.args[0])
     count = channels.extent(x, x.meta["val"].dim() - 1) or 0
     size = region.block(part)
@@ -39,14 +45,24 @@ def kept_channels(part: region.Region, dead: Collection[int]) -> list[int]:
         if channels.extent(attention, 1) != len(every):
             return list(range(count))
         group = channels.heads_per_group(attention)
-        kept = heads.settle(gone, len(every), group, not _owns_cache(part, attention))
+        kept = heads.settle(gone, len(every), group, alike or not _owns_cache(part, attention))
     return [channel for block in kept for channel in range(block * size, (block + 1) * size)]
 
 
-def remove(graph_module: fx.GraphModule, part: region.Region, dead: Dead) -> int:
-    """Rewrite the consumer of a region without the dead channels; returns how many rewrites it made."""
+def remove(
+    graph_module: fx.GraphModule,
+    part: region.Region,
+    dead: Dead,
+    conditions: Conditions = (),
+    *,
+    alike: bool = False,
+) -> int:
+    """Rewrite the consumer of a region without the dead channels; returns how many rewrites it made.
+
+    conditions: what the removal rests on besides the evidence of the dead channels.
+    """
     consumer = part.consumer
-    kept = kept_channels(part, dead)
+    kept = kept_channels(part, dead, alike)
     x, weight, *bias = cast(tuple[Any, ...], consumer.args)
     dim = x.meta["val"].dim() - 1
     count = channels.extent(x, dim) or 0
@@ -58,7 +74,8 @@ def remove(graph_module: fx.GraphModule, part: region.Region, dead: Dead) -> int
         reduction = Reduction(rewrite, part)
         evidence = [proof for channel in sorted(gone) for proof in dead.get(channel, ())]
         less = reduction.of(x, dim, tuple(kept))
-        smaller = reduction.weight(weight, columns=kept, evidence=evidence)
+        rests_on = [*_joined(evidence), *conditions]
+        smaller = reduction.weight(weight, columns=kept, conditions=rests_on)
         rewrite.replace(consumer, rewrite.call(ops.linear, less, smaller, *bias))
     edit.erase_unused(consumer)
     return rewrites + rewrite.applied
@@ -174,7 +191,7 @@ class Reduction:
         *,
         rows: Sequence[int] | None = None,
         columns: Sequence[int] | None = None,
-        evidence: Sequence[liveness.Evidence] = (),
+        conditions: Conditions = (),
     ) -> fx.Node | None:
         """A weight or bias of which some rows or columns are kept; of a pruned one, some of those it has."""
         if weight is None:
@@ -183,13 +200,13 @@ class Reduction:
         if root.target is operations.prune_weight:
             root, *given = cast(tuple[Any, ...], root.args)
             before: list[str] = given[:2]
-            transposed, zero, which = given[2:]
+            transposed, facts, which = given[2:]
         else:
-            before, zero, which = ["", ""], [], []
+            before, facts, which = ["", ""], [], []
             transposed = weight is not root
         spelled = [_selected(old, new) for old, new in zip(before, (rows, columns), strict=True)]
-        zero, which = _joined(zero, which, evidence)
-        made = self.rewrite.call(operations.prune_weight, root, *spelled, transposed, zero, which)
+        facts, which = [*facts, *(fact for fact, _ in conditions)], [*which, *(text for _, text in conditions)]
+        made = self.rewrite.call(operations.prune_weight, root, *spelled, transposed, facts, which)
         made.meta["role"], made.meta["source"] = root.meta.get("role"), root.meta.get("source", "")
         return made
 
@@ -200,17 +217,12 @@ def _selected(before: str, kept: Sequence[int] | None) -> str:
     return spell([numbers(before)[index] for index in kept] if before else kept)
 
 
-def _joined(
-    zero: Sequence[fx.Node], which: Sequence[str], evidence: Sequence[liveness.Evidence]
-) -> tuple[list[fx.Node], list[str]]:
-    """What a removal rests on, one entry for each weight and dimension."""
+def _joined(evidence: Sequence[liveness.Evidence]) -> list[tuple[fx.Node, str]]:
+    """The conditions of a removal, one for each weight and dimension."""
     found: dict[tuple[fx.Node, int], set[int]] = {}
-    for weight, spelled in zip(zero, which, strict=True):
-        dim, _, known = spelled.partition(" ")
-        found.setdefault((weight, int(dim)), set()).update(numbers(known))
     for proof in evidence:
         found.setdefault((proof.weight, proof.dim), set()).add(proof.index)
-    return [weight for weight, _ in found], [f"{dim} {spell(sorted(known))}" for (_, dim), known in found.items()]
+    return [(weight, f"zero {dim} {spell(sorted(known))}") for (weight, dim), known in found.items()]
 
 
 def _resized(node: fx.Node, args: Sequence[Any], dim: int, size: int) -> list[Any]:

@@ -19,8 +19,9 @@ def stated(after: fx.GraphModule) -> list[tuple[fx.Node, int, list[int]]]:
     for node in after.graph.nodes:
         if node.target is operations.prune_weight:
             for weight, spelled in zip(*node.args[4:6], strict=True):
-                dim, _, which = spelled.partition(" ")
-                found.append((weight, int(dim), lines.numbers(which)))
+                kind, *rest = spelled.split(" ")
+                if kind == "zero":
+                    found.append((weight, int(rest[0]), lines.numbers(rest[1])))
     return found
 
 

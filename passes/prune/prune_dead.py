@@ -2,7 +2,7 @@
 
     h = attention(linear(x, wq), ...);  y = linear(h, wo)      # wo multiplies the second head by zero
 becomes the same with `graphopt.prune_weight(wq, "0:64", "", False, [], [])` in the place of wq and
-`graphopt.prune_weight(wo, "", "0:64", False, [wo], ["1 64:128"])` in that of wo.
+`graphopt.prune_weight(wo, "", "0:64", False, [wo], ["zero 1 64:128"])` in that of wo.
 
 A channel is dead if the weight that reads it is zero there, or if it is itself zero: a zero row of a value or up
 projection, of a gate under an activation with f(0) = 0, or a gate's zero factor. The removal holds while the weights it
