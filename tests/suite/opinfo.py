@@ -21,6 +21,7 @@ from tests.suite import compare, door
 
 KINDS = ("forward", "backward", "inplace", "noncontiguous", "dynamic")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+DEVICE = "cpu"
 # What these return is whatever the memory held: only the metadata can be compared.
 UNINITIALISED = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -102,7 +103,7 @@ def _calls(case: Case, most: int) -> list[Call]:
     """Up to `most` samples, spread over all there are, that eager accepts."""
     op = operators()[case.op]
     torch.manual_seed(zlib.crc32(case.op.encode()))
-    samples = list(op.sample_inputs("cpu", case.dtype, requires_grad=case.kind == "backward"))
+    samples = list(op.sample_inputs(DEVICE, case.dtype, requires_grad=case.kind == "backward"))
     if case.kind == "inplace":
         samples = [sample for sample in samples if not sample.broadcasts_input]
     if case.kind == "noncontiguous":
