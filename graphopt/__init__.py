@@ -9,6 +9,7 @@ from graphopt.pipeline import graph_pass
 from graphopt.prune_options import PruneHeads
 from graphopt.pruning.importance import Importance, head_importance
 from graphopt.quantization.calibration import Calibration, calibrate
+from graphopt.quantization.checkpoint import load_checkpoint
 from graphopt.quantization.gguf_file import load_gguf
 from graphopt.quantization.plan import Plan, plan
 from graphopt.quantization.release import release_weights
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "graph_pass",
     "head_importance",
+    "load_checkpoint",
     "load_gguf",
     "load_quantized",
     "plan",

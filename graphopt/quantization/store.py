@@ -79,7 +79,7 @@ def load_quantized(model: nn.Module, directory: str | Path, *, release_weights: 
         raise StoredFileError(f"{path / 'quantized.json'} does not describe this model: {error!r}") from error
     for key, tensor in tensors.items():
         if key.startswith("plain."):
-            _put(model, key.removeprefix("plain."), tensor)
+            put(model, key.removeprefix("plain."), tensor)
     for name in replaced:
         release.replace(model, name)
     results: list[list[Tensor]] = []
@@ -221,7 +221,8 @@ def _is_replaced(model: nn.Module, name: str, described: dict[str, Any], release
     return False
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor the value of the named parameter or buffer; one on the meta device is replaced by it."""
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
     old = getattr(module, last)
