@@ -49,7 +49,7 @@ def release_weights(model: nn.Module) -> Release:
     """
     freed, released, kept = 0, [], []
     for name, parameter in model.named_parameters():
-        if is_released(parameter) or not packs.made_from(parameter):
+        if is_released(parameter) or not _is_quantised(parameter):
             continue
         reason = why_kept(model, name)
         if reason:
@@ -104,6 +104,11 @@ def set_parameter(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
     """Put a new parameter in the place of an old one, wherever the model uses it."""
     for module, name in _owners(model, old):
         module._parameters[name] = new
+
+
+def _is_quantised(parameter: Tensor) -> bool:
+    """Whether a quantised pack was made from it: one of its full precision (pruned) needs the weight itself."""
+    return any(made.function.startswith("graphopt.quantization.") for made in packs.made_from(parameter))
 
 
 def _owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
