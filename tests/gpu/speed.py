@@ -1,4 +1,4 @@
-"""Decode and prefill of Llama shapes in bfloat16 on a GPU: eager, Inductor, graphopt by turns, beside what the GPU can do."""
+"""Decode and prefill of Llama shapes in bfloat16: eager, Inductor and graphopt by turns, beside what the GPU can do."""
 
 from __future__ import annotations
 
