@@ -120,23 +120,20 @@ def quality(
         Path | None, typer.Option(help="A text file for the roundings that need inputs.")
     ] = None,
     rounding: Annotated[str, typer.Option(help="nearest, gptq, awq or smoothquant.")] = "nearest",
-    max_error: Annotated[float | None, typer.Option(help="The budget of scheme auto.")] = None,
+    max_error: Annotated[str, typer.Option(help="The budget of scheme auto, or several with commas.")] = "",
     layers: Annotated[bool, typer.Option("--layers", help="Also show each weight's scheme and error.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL divergence against bytes (png, svg, pdf).")] = None,
 ) -> None:
     """Show what quantisation costs: perplexity, KL divergence, bytes, the error of each weight."""
     from graphopt.commands import quality as command
 
-    asked = [
-        {
-            "scheme": scheme,
-            "group_size": group if scheme != "auto" else None,
-            "rounding": rounding,
-            "max_error": max_error if scheme == "auto" else None,
-        }
-        for scheme in schemes.split(",")
-    ]
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{plot}: there is no folder {plot.absolute().parent}")
+    asked = command.asked(schemes.split(","), group, rounding, max_error)
     found = command.run(model, text, asked, dtype, length, tokens, calibration, console)
+    if plot is not None:
+        command.plot(found, plot)
     if json:
         sys.stdout.write("[" + ",\n".join(quality.to_json() for quality in found) + "]\n")
         return

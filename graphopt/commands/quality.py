@@ -94,6 +94,21 @@ def tokens_of(tokenizer: Any, path: Path, length: int, limit: int) -> torch.Tens
     return torch.tensor(ids[: rows * length]).reshape(rows, length)
 
 
+def asked(schemes: Sequence[str], group: int | None, rounding: str, max_error: str) -> list[dict[str, Any]]:
+    """The arguments of each `Quantize` that a command line asks for: "auto" once for each budget in `max_error`."""
+    try:
+        budgets: list[float | None] = [float(budget) for budget in max_error.split(",") if budget.strip()]
+    except ValueError as error:
+        raise OptionError(f"max-error {max_error!r} must be numbers between 0 and 1, with commas") from error
+    found: list[dict[str, Any]] = []
+    for scheme in schemes:
+        if scheme == "auto":
+            found += [{"scheme": scheme, "rounding": rounding, "max_error": each} for each in budgets or [None]]
+        else:
+            found.append({"scheme": scheme, "group_size": group, "rounding": rounding})
+    return found
+
+
 def run(
     name: str,
     text: Path,
@@ -147,14 +162,12 @@ class _Pending:
 
 def table(found: Sequence[Quality]) -> Table:
     """One row for each measured scheme."""
-    from graphopt.quantization.schemes import canonical
-
     shown = Table("scheme", "rounding", "MB", "perplexity", "change", "KL", "same choice", title=_title(found))
     for quality in found:
         quantize = quality.plan.quantize
         change = quality.perplexity_after / quality.perplexity_before - 1
         shown.add_row(
-            canonical(quantize.scheme, quantize.group_size, quantize.symmetric),
+            _name(quality),
             quantize.rounding,
             f"{quality.plan.bytes_after / 1e6:.1f}",
             f"{quality.perplexity_after:.3f}",
@@ -163,6 +176,43 @@ def table(found: Sequence[Quality]) -> Table:
             f"{quality.same_choice:.1%}",
         )
     return shown
+
+
+def plot(found: Sequence[Quality], path: Path) -> None:
+    """Draw KL divergence against the bytes of the weights; the plans of "auto" are joined by a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    plans = sorted((one.plan.bytes_after / 1e6, one.kl) for one in found if one.plan.quantize.scheme == "auto")
+    if plans:
+        axis.plot(*zip(*plans, strict=True), marker="o", color="#e45756", label="auto")
+        axis.legend()
+    for one in found:
+        place = one.plan.bytes_after / 1e6, one.kl
+        if one.plan.quantize.scheme == "auto":
+            axis.annotate(f"{one.plan.quantize.max_error:g}", place, fontsize=8)
+        else:
+            axis.scatter(*place, color="#4c78a8")
+            axis.annotate(_name(one), place, fontsize=8)
+    axis.set_yscale("log")
+    axis.set_xlabel("MB of weights")
+    axis.set_ylabel("KL divergence from the original, nats a token")
+    axis.set_title(_title(found), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _name(quality: Quality) -> str:
+    from graphopt.quantization.schemes import canonical
+
+    quantize = quality.plan.quantize
+    if quantize.scheme == "auto":
+        return f"auto {quantize.max_error:g}"
+    return canonical(quantize.scheme, quantize.group_size, quantize.symmetric)
 
 
 def _title(found: Sequence[Quality]) -> str:

@@ -85,6 +85,21 @@ def test_wrong_options_are_said_before_any_work(arguments: list[str], message: s
     assert message in str(result.exception)
 
 
+def test_a_plan_for_each_budget() -> None:
+    found = quality.asked(["int4", "auto"], None, "nearest", "0.01, 0.05")
+    assert [Quantize(**one) for one in found[1:]] == [Quantize("auto", max_error=error) for error in (0.01, 0.05)]
+    assert Quantize(**found[0]) == Quantize("int4")
+    with pytest.raises(OptionError, match="must be numbers between 0 and 1"):
+        quality.asked(["auto"], None, "nearest", "small")
+
+
+def test_bytes_and_divergence_are_drawn(model, ids, tmp_path: Path) -> None:
+    asked = (Quantize("int4"), Quantize("auto", max_error=0.02), Quantize("auto", max_error=0.1))
+    quality.plot([quality.measure(model, ids, each, target="reference") for each in asked], tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.startswith("<?xml") and "<!-- int4-g32 -->" in drawn and "<!-- 0.02 -->" in drawn
+
+
 class Spelling:
     """A tokenizer whose tokens are characters."""
 
