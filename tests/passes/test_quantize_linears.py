@@ -190,7 +190,14 @@ def test_training_graphs_are_left_alone() -> None:
     assert torch.equal(compiled(x), model(x))
 
 
-@pytest.mark.parametrize(("scheme", "target"), [*((scheme, "reference") for scheme in SCHEMES), ("int4", "auto")])
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [
+        *((scheme, "reference") for scheme in SCHEMES),
+        ("int4", "auto"),
+        *(pytest.param(scheme, "cpu", marks=pytest.mark.slow) for scheme in SCHEMES if scheme != "int4"),
+    ],
+)
 def test_a_changed_weight_gives_the_new_answer(scheme: str, target: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(64, 32)
