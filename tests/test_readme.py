@@ -75,7 +75,7 @@ def test_ci_runs_the_readme_command() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("name", ["passes", "options", "dialect", "command-line"])
+@pytest.mark.parametrize("name", ["passes", "options", "dialect", "command-line", "python"])
 def test_generated_reference_is_current(name: str) -> None:
     written = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
     assert written == reference.page(name), "run: python -m graphopt.commands.reference"

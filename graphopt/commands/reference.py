@@ -6,11 +6,13 @@ Run it at the root of a checkout. A test compares the pages with what this modul
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import typer.core
@@ -46,6 +48,22 @@ _PASSES = """
 `bitwise` passes keep every bit, `rounding` passes do the same arithmetic in another order, `lossy` passes run
 only when asked for by name. Passes that are not for training are left out of forward and backward graphs.
 """
+
+
+_PYTHON = """
+What a user of the backend, an author of passes or kernels and an experimenter call, out of the docstrings.
+"""
+
+_MODULES = (
+    "graphopt",
+    "graphopt.match",
+    "graphopt.edit",
+    "graphopt.testing",
+    "graphopt.verify",
+    "graphopt.lowering",
+    "graphopt.cost",
+    "graphopt.search",
+)
 
 
 def _passes() -> str:
@@ -88,8 +106,42 @@ def _command_line() -> str:
     return "".join(parts)
 
 
+def _python() -> str:
+    sections = ["# Python\n", _PYTHON]
+    for module_name in _MODULES:
+        module = importlib.import_module(module_name)
+        purpose = (inspect.getdoc(module) or "").split("\n\n")[0]
+        sections.append(f"\n## {module_name}\n\n{purpose}\n")
+        sections += [_entry(module_name, name, item) for name, item in _public(module)]
+    return "".join(sections)
+
+
+def _public(module: ModuleType) -> list[tuple[str, Any]]:
+    """The functions and classes that a module offers: its `__all__`, else those defined in its package."""
+    listed = getattr(module, "__all__", None)
+    names = sorted(listed if listed is not None else (name for name in vars(module) if not name.startswith("_")))
+    found = [(name, getattr(module, name)) for name in names]
+    return [
+        (name, item)
+        for name, item in found
+        if (inspect.isfunction(item) or inspect.isclass(item))
+        and (listed is not None or item.__module__.startswith(module.__name__))
+    ]
+
+
+def _entry(module_name: str, name: str, item: Any) -> str:
+    """A heading, the signature and the docstring of a function or class."""
+    try:
+        signature = re.sub(r" at 0x[0-9a-f]+|<factory>", "...", str(inspect.signature(item)))
+    except ValueError:
+        signature = "(...)"
+    text = inspect.getdoc(item) or ""
+    return f"\n### {name}\n\n```text\n{module_name}.{name}{signature}\n\n{text}\n```\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "passes": _passes,
+    "python": _python,
     "options": _options,
     "dialect": _dialect,
     "command-line": _command_line,

@@ -115,18 +115,21 @@ def _tell(
     nowhere: dict[str, tuple[fx.Node, Rule, search.Failure]] = {}
     for anchor, rule, miss in misses:
         name = rule.pattern.name
-        if anchor in consumed or miss.node is None or not (miss.complete or miss.matched > 1):
+        if anchor in consumed or miss.node is None:
+            continue
+        reordered = miss.matched > 0 and search.holds_operations(rule.pattern.skeleton, anchor)
+        if not (miss.complete or miss.matched > 1 or reordered):
             continue
         near = _nearness(rule, miss)
         if name not in applied and near[1] > _WORTH_A_WORD:
             if name not in nowhere or near > _nearness(*nowhere[name][1:]):
                 nowhere[name] = anchor, rule, miss
-        worth_telling = miss.complete or near[1] > _WORTH_TELLING
+        worth_telling = miss.complete or near[1] > _WORTH_TELLING or reordered
         if worth_telling and (anchor not in deepest or near > _nearness(*deepest[anchor])):
             deepest[anchor] = rule, miss
     for anchor, rule, miss in nowhere.values():
         deepest.setdefault(anchor, (rule, miss))
-    for anchor, (rule, miss) in deepest.items():
+    for anchor, (rule, miss) in _largest(deepest).items():
         assert miss.node is not None
         edit.refuse(
             miss.node if edit.source_line(miss.node) else anchor,
@@ -135,8 +138,21 @@ def _tell(
         )
 
 
-def _nearness(rule: Rule, miss: search.Failure) -> tuple[bool, float]:
-    return miss.complete, miss.matched / rule.pattern.skeleton.computing
+def _largest(
+    misses: Mapping[fx.Node, tuple[Rule, search.Failure]],
+) -> dict[fx.Node, tuple[Rule, search.Failure]]:
+    """Of the near misses that one node stopped, the one of the largest pattern: smaller ones are parts of it."""
+    kept: dict[tuple[str, fx.Node | None], fx.Node] = {}
+    for anchor, (rule, miss) in misses.items():
+        key = rule.pattern.name, miss.node
+        known = misses.get(kept[key]) if key in kept else None
+        if known is None or rule.pattern.skeleton.computing > known[0].pattern.skeleton.computing:
+            kept[key] = anchor
+    return {anchor: misses[anchor] for anchor in misses if anchor in kept.values()}
+
+
+def _nearness(rule: Rule, miss: search.Failure) -> tuple[bool, float, int]:
+    return miss.complete, miss.matched / rule.pattern.skeleton.computing, miss.depth
 
 
 class _Finder:
@@ -178,7 +194,7 @@ class _Finder:
             if not reason:
                 return match
             failure.note(skeleton.computing, next(iter(state.pairs)), self._culprit(match), reason)
-        failure.matched = max(failure.matched, skeleton.computing - 1)
+        failure.depth, failure.matched = failure.matched, max(failure.matched, skeleton.computing - 1)
         return failure
 
     def replace(self, rule: Rule, match: Match) -> int:

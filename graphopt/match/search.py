@@ -7,6 +7,7 @@ dtypes, casts, views, numbers. So one pattern serves every rank, size and dtype,
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,8 @@ class Failure:
     """How far a search came: matched computations of the pattern, and what stopped it where.
 
     by_reading: whether it might come further if the holes stood for other nodes. complete: whether all operations
-    of the pattern are there, so that only a number, a cast, a view, a size or another user is amiss.
+    of the pattern are there, so that only a number, a cast, a view, a size or another user is amiss; depth then says
+    how many of them were found to be as they must be.
     """
 
     matched: int = -1
@@ -50,6 +52,7 @@ class Failure:
     reason: str = ""
     by_reading: bool = True
     complete: bool = False
+    depth: int = 0
 
     def note(
         self, matched: int, pattern_node: fx.Node, node: fx.Node, reason: str, *, by_reading: bool = False
@@ -213,6 +216,23 @@ class Search:
 def anchor(traced: Traced) -> object:
     """The operation that computes the pattern's first result: a search begins at each node that calls it."""
     return paths.walk(traced.results[0]).base.target
+
+
+def holds_operations(traced: Traced, anchor: fx.Node) -> bool:
+    """Whether `anchor` is computed by all operations of the pattern, in whatever order, and few others."""
+    wanted = collections.Counter(node.target for node in traced.graph.nodes if _computes(node))
+    seen, waiting = {anchor}, [anchor]
+    while waiting and len(seen) < 8 * traced.computing:
+        for source in waiting.pop(0).all_input_nodes:
+            if source not in seen and (source.target in wanted or paths.kind(source) is not None):
+                seen.add(source)
+                waiting.append(source)
+    found = collections.Counter(node.target for node in seen if _computes(node))
+    return wanted <= found and found.total() <= 2 * wanted.total()
+
+
+def _computes(node: fx.Node) -> bool:
+    return node.op == "call_function" and paths.kind(node) is None
 
 
 def bindings(state: State, limit: int) -> Iterator[dict[str, fx.Node]]:
