@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graphopt
+import graphopt.edit
 from graphopt import verify
 from graphopt.errors import VerificationError
 from graphopt.testing import trace
@@ -179,3 +180,24 @@ def test_cut_holds_only_the_rewrite() -> None:
         trace(lambda x: (x.exp() / 2.0).sin(), [half], observer=lambda given: seen.append(cut(given)))(torch.ones(3))
     targets = [node.target for node in seen[0].before.graph.nodes if node.op == "call_function"]
     assert targets == [aten.div.Tensor]
+
+
+@pytest.mark.parametrize(("written", "count"), [(lambda x: x, 0), (lambda x: x * 2, 1)], ids=["right", "wrong"])
+def test_memory_that_the_rewrite_fills_at_the_end_of_the_graph(written, count, tmp_path) -> None:
+    """The writing node computes no value that anybody reads: it belongs to the rewrite all the same."""
+
+    @graphopt.graph_pass(exactness="bitwise")
+    def filled_last(graph_module: torch.fx.GraphModule) -> int:
+        made = 0
+        for node in graph_module.graph.find_nodes(op="call_function", target=aten.clone.default):
+            with graphopt.edit.rewriting(graph_module, node) as rewrite:
+                room = rewrite.call(aten.zeros.default, list(node.meta["val"].shape))
+                rewrite.call_last(aten.copy_.default, room, rewrite.inline(written, node.args[0]))
+                rewrite.replace(node, room)
+            made += rewrite.applied
+        return made
+
+    checker = failures(filled_last, lambda x: x.clone(), torch.randn(3, 4), directory=tmp_path)
+    assert len(checker.failures) == count
+    for failure in checker.failures:
+        assert failure.reproducer is not None and "copy_" in failure.reproducer.read_text()

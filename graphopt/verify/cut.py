@@ -79,7 +79,8 @@ def _narrow(application: Application) -> _Cut:
         node for node in application.graph_module.graph.nodes if node.meta.get("graphopt") is application.provenance
     }
     made = _Cut(new_nodes, {}, {}, {})
-    waiting = [new for _, new in application.pairs]
+    # What is written into new memory is part of the new side, also where no value depends on the writing node.
+    waiting = [*(new for _, new in application.pairs), *(node for node in new_nodes if writes(node))]
     while waiting:
         node = waiting.pop()
         if node in new_nodes:
@@ -182,7 +183,8 @@ def _build(application: Application, made: _Cut) -> Pair:
     before = _graph(application.graph_module, inputs, made.old, olds, order)
     # Nodes needed by the new side that only the old cone holds (a new node that reads the node it replaces).
     after = _graph(application.graph_module, inputs, made.new | _missing(made, news), news, order)
-    exposed = tuple(_is_exposed(old) for old in olds)
+    # A view that is replaced as well is seen through its own replacement.
+    exposed = tuple(_is_exposed(old, frozenset(olds)) for old in olds)
     owners = [_memory_owner(node) for node in inputs]
     where = next(filter(None, map(source_line, olds)), "")
     return Pair(
@@ -234,8 +236,10 @@ def _graph(
 
 
 def _erase_dead(graph_module: fx.GraphModule) -> None:
-    """Erase nodes that no output needs, random draws included: a cut holds only what it compares."""
-    graph_module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    """Erase nodes that no output needs, random draws included: a cut holds only what it compares, and what writes."""
+    graph_module.graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node)
+    )
     graph_module.recompile()
 
 
@@ -252,20 +256,21 @@ def _memory_owner(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_exposed(node: fx.Node) -> bool:
+def _is_exposed(node: fx.Node, replaced: frozenset[fx.Node] = frozenset()) -> bool:
     waiting, seen = [node], set()
     while waiting:
         top = waiting.pop()
         for user in top.users:
-            if user.op == "output" or _writes(user):
+            if user.op == "output" or writes(user):
                 return True
-            if _is_view(user) and user not in seen:
+            if _is_view(user) and user not in seen and user not in replaced:
                 seen.add(user)
                 waiting.append(user)
     return False
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether a node updates memory in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

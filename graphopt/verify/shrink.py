@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.verify import execution
-from graphopt.verify.cut import Pair
+from graphopt.verify.cut import Pair, writes
 from graphopt.verify.inputs import InputSet
 
 Compare = Callable[[Pair, list[Any]], str | None]
@@ -221,7 +221,7 @@ def _with_outputs(graph_module: fx.GraphModule, outputs: list[fx.Node], new_inpu
         mapping[node].replace_all_uses_with(fresh)
         mapping[node] = fresh
     graph.output_node().args = (tuple(mapping[node] for node in outputs),)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node))
     made.recompile()
     return made
 
