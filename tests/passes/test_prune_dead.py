@@ -145,8 +145,9 @@ class FeedForward(nn.Module):
         return self.down(self.activation(up))
 
 
-@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu, torch.tanh], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("gated", "fused"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("activation", "gated", "fused"), [(F.silu, True, False), (F.gelu, True, True), (F.relu, False, False)]
+)
 def test_channels_that_the_down_projection_ignores(activation: Any, gated: bool, fused: bool) -> None:
     subject = FeedForward(activation, gated, fused)
     subject.down.weight[:, 3:11] = 0
@@ -271,7 +272,7 @@ def test_training_keeps_dead_heads() -> None:
     assert subject.o.weight.grad[:, D : 2 * D].abs().sum() > 0
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(strategies.transformer_blocks(), st.data())
 def test_blocks_at_random(case: tuple[Block, list[Any]], data: st.DataObject) -> None:
     block, inputs = case
