@@ -24,7 +24,7 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 # Two logits are a near tie if they are no further apart than this many units of rounding of the largest one.
 _NEAR_TIE = 2
 _EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-_SETTLE_SECONDS = 0.004  # the threads of a worker that has just stopped spin for a moment
+SETTLE_SECONDS = 0.004  # the threads of a worker that has just stopped spin for a moment
 _STEPS_A_TURN = {"decode": 4, "prefill": 1, "encode": 1}
 
 
@@ -111,7 +111,7 @@ def compare(
             retitle(f"{request.kind}: round {turn + 1} of {rounds}")
             for place in range(len(running)):
                 index = (turn + place) % len(running)
-                time.sleep(_SETTLE_SECONDS)
+                time.sleep(SETTLE_SECONDS)
                 times[index] += running[index].call("steps", _STEPS_A_TURN[request.kind])
     return costs[0], [
         Figures(

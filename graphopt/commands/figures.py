@@ -28,11 +28,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one step must at least do: bytes of weights and cache to read, operations, tokens made or read."""
+    """What one step must at least do: bytes of weights and cache to read, operations, tokens made or read.
+
+    cache_bytes: the part of `bytes` that is keys and values.
+    """
 
     bytes: float
     flops: float
     tokens: int
+    cache_bytes: float = 0.0
 
     def floor(self, limits: Limits) -> float:
         """The least milliseconds that a step can take within the machine's limits."""

@@ -18,6 +18,7 @@ from graphopt.commands.models import LoadedModel, ModelSource, load_model
 from graphopt.commands.systems import System
 from graphopt.commands.works import Answers, Tokens, Work, WorkRequest, make_work
 from graphopt.pipeline import PassReport
+from graphopt.runtime.counters import counters
 
 
 class Server:
@@ -76,6 +77,14 @@ class Server:
     def steps(self, count: int) -> list[float]:
         """Milliseconds of each of the next steps."""
         return [1e3 * self.work.step() for _ in range(count)]
+
+    def copied_per_token(self, count: int) -> float | None:
+        """Bytes of cache that `count` more steps copied, for each; None where the cache's own code did it unseen."""
+        before = counters["kv_bytes_copied"]
+        for _ in range(count):
+            self.work.step()
+        grown = counters["graphs"] > 0
+        return (counters["kv_bytes_copied"] - before) / count if grown else None
 
     def pass_work(self) -> list[PassWork]:
         """What graphopt's passes did while this worker answered, in order; idle ones left out."""

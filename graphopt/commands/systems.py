@@ -2,6 +2,7 @@
 
 eager                     the model as it is
 inductor                  torch.compile(model)
+inductor-static           torch.compile(model) with a static cache
 inductor-best             static cache, mode max-autotune-no-cudagraphs, weights frozen into the compiled code
 torchao-int8              torchao's int8 weight-only linears under the settings of inductor-best
 graphopt[:OPTION=VALUE]   this backend; more options follow after further colons
@@ -47,6 +48,7 @@ _BEST = {"mode": "max-autotune-no-cudagraphs"}
 KNOWN = {
     "eager": System("eager", None),
     "inductor": System("inductor", {}),
+    "inductor-static": System("inductor-static", {}, static_cache=True),
     "inductor-best": System("inductor-best", _BEST, static_cache=True, environment=_FROZEN),
     "torchao-int8": System("torchao-int8", _BEST, static_cache=True, int8_weights=True, environment=_FROZEN),
     "graphopt": System("graphopt", {"backend": "graphopt"}),

@@ -38,6 +38,7 @@ class WorkRequest:
     checked: int
     static_cache: bool
     tokens: list[list[int]] | None = None  # the prompt, where the caller has one; else the prose above
+    room: int = 0  # rows of a static cache, where it should be longer than what is decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Decode:
         room = request.length + request.checked
         self.steps_left, self.room = 0, -(-room // 64) * 64
         self.next: torch.Tensor
-        self.static = _static_cache(model, self.room) if request.static_cache else None
+        self.static = _static_cache(model, max(self.room, request.room)) if request.static_cache else None
 
     def check(self, forced: Tokens | None) -> Answers:
         self.begin()
@@ -127,8 +128,9 @@ class Decode:
 
     def cost(self) -> Cost:
         keys = self.ids.shape[1] + self.request.checked // 2
-        read = _weights_read(self.model) + _cache_bytes(self.model, self.request.batch, keys)
-        return Cost(read, _flops(self.model, self.request.batch, 1, keys, head_rows=1), self.request.batch)
+        cache = _cache_bytes(self.model, self.request.batch, keys)
+        flops = _flops(self.model, self.request.batch, 1, keys, head_rows=1)
+        return Cost(_weights_read(self.model) + cache, flops, self.request.batch, cache)
 
 
 class Prefill:
