@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphopt import _compat, capture, edit, pipeline, verify
-from graphopt.bisect import BisectError, Result, search
+from graphopt.bisect import BisectError, Culprit, Result, search
 from graphopt.options import Options
 from graphopt.pipeline import graph_pass
 from graphopt.testing import check_kernel, check_pass, trace
@@ -241,19 +241,21 @@ def test_verify(bug: Bug) -> None:
         assert max(sizes) <= 16, "the reproducer is not small"
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_check_pass_without_verification(bug: Bug) -> None:
-    caught = False
+def caught_by_check(bug: Bug) -> bool:
     try:
         check_pass(bug.pass_, bug.function, bug.inputs, verify="off", second=[], dynamic=bug.dynamic)
     except (AssertionError, RuntimeError):
-        caught = True
-    assert caught == bug.check
+        return True
+    return False
 
 
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.check], ids=lambda bug: bug.name)
-def test_bisect(bug: Bug, tmp_path) -> None:
-    """What is visible in the numbers is found by bisecting; the erased copy_ is no rewrite, and bisect says so."""
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_check_pass_without_verification(bug: Bug) -> None:
+    assert caught_by_check(bug) == bug.check
+
+
+def found_by_bisect(bug: Bug) -> Culprit:
+    """Raises BisectError if there is no rewrite to find."""
     from graphopt.dump import Dump
 
     def execute(environment: Any) -> Result:
@@ -264,11 +266,17 @@ def test_bisect(bug: Bug, tmp_path) -> None:
         )
         return Result(int(not runs_right(bug, options, environment.get("GRAPHOPT_DUMP"), Dump)), "")
 
+    return search(execute)
+
+
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.check], ids=lambda bug: bug.name)
+def test_bisect(bug: Bug) -> None:
+    """What is visible in the numbers is found by bisecting; the erased copy_ is no rewrite, and bisect says so."""
     if not bug.verify:
         with pytest.raises(BisectError, match="without any rewrite"):
-            search(execute)
+            found_by_bisect(bug)
         return
-    culprit = search(execute)
+    culprit = found_by_bisect(bug)
     assert (culprit.number, culprit.pass_name, culprit.confirmed) == (1, "planted", True)
     assert culprit.changes
 

@@ -137,3 +137,26 @@ def test_near_misses_are_rewritten_rightly_or_not_at_all() -> None:
 )
 def test_any_shape(shape: list[int], dtype: torch.dtype, norm: Callable[..., Tensor]) -> None:
     check_pass(PASSES, norm, [torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)], second=[])
+
+
+def epsilon_outside_of_the_root(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * (torch.rsqrt(wide.pow(2).mean(-1, keepdim=True)) + EPS)).to(x.dtype)
+
+
+def mean_over_another_dimension(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-2, keepdim=True) + EPS)).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (epsilon_outside_of_the_root, "expected aten.rsqrt.default, found aten.add.Tensor"),
+        (mean_over_another_dimension, "stopped at %rsqrt: expected a result of shape (2, 3, 1), found (2, 1, 8)"),
+    ],
+)
+def test_one_near_miss_tells_what_is_amiss(norm: Callable[..., Tensor], reason: str) -> None:
+    inputs = [torch.randn(2, 3, 8).bfloat16(), torch.randn(8).bfloat16()]
+    left = assert_not_applied(PASSES, norm, inputs, reason=reason)
+    assert len(left.reports[-1].refusals) == 1
