@@ -57,7 +57,7 @@ def graphopt(
 
 def arranged(options: Options, target: str) -> list[Callable[..., int]]:
     """The passes that run for a target under these options, in order: the library's, installed ones, the user's."""
-    own = (*passes.PIPELINE, *passes.lossy(options), *passes.for_target(target, options))
+    own = (*passes.PIPELINE, *passes.for_caches(options), *passes.lossy(options), *passes.for_target(target, options))
     return pipeline.arrange((*own, *passes.installed(), *options.passes))
 
 

@@ -163,6 +163,7 @@ _FREE = frozenset(
         "graphopt.quantize_weight.default",
         "graphopt.input_scales.default",
         "graphopt.kv_reserve.default",
+        "graphopt.kv_quantized_reserve.default",
         "graphopt.kv_window.default",
         "graphopt.kv_allocate.default",
     }

@@ -21,6 +21,10 @@ class LoweringError(GraphoptError):
     """A graph could not be lowered to the chosen target (raised under `strict=True`)."""
 
 
+class KVCapacityError(GraphoptError, RuntimeError):
+    """A KV cache outgrows the fixed capacity that the option `kv_capacity` gave it."""
+
+
 class VerificationError(GraphoptError):
     """A rewrite does not compute what the nodes it replaced computed."""
 

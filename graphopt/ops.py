@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.errors import KVCapacityError
+
 _library = torch.library.Library("graphopt", "DEF")
 _meanings: dict[torch._ops.OpOverload, Callable[..., object]] = {}
 
@@ -161,19 +163,38 @@ def rms_norm(
     return (normed * (weight.float() + weight_offset)).to(x.dtype)
 
 
-@operation("(Tensor past, SymInt count, int dim) -> Tensor", repeatable=False)
-def kv_reserve(past: Tensor, count: int, dim: int) -> Tensor:
+def _reserved(past: Tensor, count: int, dim: int, capacity: int | None = None) -> Tensor:
+    size = list(past.shape)
+    size[dim] += count
+    return _room(size, dim, past.dtype, past.device)
+
+
+def _room(size: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows, *rest = size[dim], *size[:dim], *size[dim + 1 :]
+    return torch.zeros(rows, *rest, dtype=dtype, device=device).movedim(0, dim)
+
+
+@operation("(Tensor past, SymInt count, int dim, int? capacity=None) -> Tensor", _reserved, repeatable=False)
+def kv_reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> Tensor:
     """A growing KV cache `past` with room for `count` more rows along `dim`; the new rows hold nothing yet.
 
     past has any shape, say [B, H, S, D] with dim 2; the result [B, H, S + count, D] lies in memory as
     [S + count, B, H, D], so that its strides do not depend on its length. At call time (`runtime/kv.py`) the rows of
-    `past` are copied only if the room behind them is not free.
+    `past` are copied only if the room behind them is not free. Raises KVCapacityError for more than `capacity` rows.
     """
-    size = list(past.shape)
-    size[dim] += count
-    room: Tensor = kv_allocate(size, dim, dtype=past.dtype, device=past.device)
+    check_capacity(past.shape[dim] + count, capacity)
+    room = _reserved(past, count, dim)
     room.narrow(dim, 0, past.shape[dim]).copy_(past)
     return room
+
+
+def check_capacity(length: int, capacity: int | None) -> None:
+    """Raise KVCapacityError if a cache of `length` rows is longer than the fixed `capacity` (None: no limit)."""
+    if capacity is not None and length > capacity:
+        raise KVCapacityError(
+            f"a KV cache of {length} rows does not fit into the fixed capacity of {capacity} (option 'kv_capacity'):"
+            " crop the cache, or compile with a larger kv_capacity or without one"
+        )
 
 
 @operation("(Tensor(a) room, int dim, SymInt? start, SymInt? end) -> Tensor(a)")
@@ -183,8 +204,20 @@ def kv_window(room: Tensor, dim: int, start: int | None, end: int | None) -> Ten
     return view
 
 
-@operation("(SymInt[] size, int dim, *, ScalarType dtype, Device device) -> Tensor", repeatable=False)
-def kv_allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _allocated(
+    size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device, capacity: int | None = None
+) -> Tensor:
+    return _room(size, dim, dtype, device)
+
+
+@operation(
+    "(SymInt[] size, int dim, *, ScalarType dtype, Device device, int? capacity=None) -> Tensor",
+    _allocated,
+    repeatable=False,
+)
+def kv_allocate(
+    size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device, capacity: int | None = None
+) -> Tensor:
     """A new KV cache of the given size that can grow along `dim`, with nothing in it yet; see `kv_reserve`."""
-    rows, *rest = size[dim], *size[:dim], *size[dim + 1 :]
-    return torch.zeros(rows, *rest, dtype=dtype, device=device).movedim(0, dim)
+    check_capacity(size[dim], capacity)
+    return _room(size, dim, dtype, device)

@@ -19,6 +19,7 @@ from graphopt.quantize_options import Quantize
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TARGETS = ("auto", "cpu", "inductor", "triton", "reference")
+KV_DTYPES = ("int8", "fp8", "int4")
 VERIFY = ("off", "sample", "all")
 
 
@@ -31,6 +32,9 @@ class Options:
         "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
     quantize: how weights are quantised: a scheme's name ("int8", "int4", ...) or a `graphopt.Quantize`; None does not.
     prune_heads: which heads and channels may be left out although they are alive: a `graphopt.PruneHeads`; None: none.
+    kv_capacity: rows that growing KV caches take memory for at once; one row more raises KVCapacityError. None lets
+        them grow, by half of what they hold at most.
+    kv_dtype: keep growing KV caches as "int8", "fp8" (e4m3) or "int4" (lossy); None keeps the model's own dtype.
     passes: extra passes, each made with `@graph_pass`.
     disable: names of passes to leave out.
     limit: stop after this many rewrites in one compiled graph (for bisecting); None means no limit.
@@ -47,6 +51,8 @@ class Options:
     target: str = "auto"
     quantize: Quantize | str | None = None
     prune_heads: PruneHeads | None = None
+    kv_capacity: int | None = None
+    kv_dtype: str | None = None
     passes: tuple[Callable[..., int], ...] = ()
     disable: tuple[str, ...] = ()
     limit: int | None = None
@@ -68,6 +74,14 @@ class Options:
             )
         _boolean("strict", self.strict)
         _integer("debug", self.debug, 0, 4)
+        if self.kv_capacity is not None:
+            _integer("kv_capacity", self.kv_capacity, 1, None)
+        if self.kv_dtype is not None:
+            _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+            if self.kv_capacity is not None:
+                raise OptionError(
+                    "option 'kv_capacity' does not go with 'kv_dtype': quantised caches grow as they fill"
+                )
         if self.limit is not None:
             _integer("limit", self.limit, 0, None)
         object.__setattr__(self, "passes", _sequence("passes", self.passes))

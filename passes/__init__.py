@@ -17,6 +17,8 @@ from graphopt.passes.canonicalize.simplify_shapes import simplify_shapes
 from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
+from graphopt.passes.kv_cache.fix_capacity import fix_capacity
+from graphopt.passes.kv_cache.quantize_cache import quantize_cache
 from graphopt.passes.kv_cache.start_with_room import start_with_room
 from graphopt.passes.prune.prune_by_importance import prune_by_importance
 from graphopt.passes.prune.prune_certified import prune_certified
@@ -80,6 +82,13 @@ def installed() -> tuple[Callable[..., int], ...]:
             raise PassError(f"{origin} brings no pass: {error}; uninstall the package or repair it") from error
         found.append(function)
     return tuple(found)
+
+
+def for_caches(options: Options) -> tuple[Callable[..., int], ...]:
+    """The passes that the options for KV caches ask for."""
+    if options.kv_dtype is not None:
+        return (_bound(quantize_cache, kind=options.kv_dtype),)
+    return () if options.kv_capacity is None else (_bound(fix_capacity, capacity=options.kv_capacity),)
 
 
 def lossy(options: Options) -> tuple[Callable[..., int], ...]:

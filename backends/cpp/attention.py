@@ -13,12 +13,17 @@ from torch import Tensor, fx
 from graphopt import ops, shapes
 from graphopt.backends.cpp import operands
 from graphopt.lowering import Lowering, arguments, same_arguments
+from graphopt.quantization.cache_operations import attention_quantized
 
 
 def lowerings() -> tuple[Lowering, ...]:
     """Lowering of the dialect's attention; the library must be loaded."""
     kernel = torch.ops.graphopt_cpp.attention.default
-    return (Lowering("cpp.attention", ops.attention, _attention, same_arguments(kernel)),)
+    quantized = torch.ops.graphopt_cpp.attention_quantized.default
+    return (
+        Lowering("cpp.attention", ops.attention, _attention, same_arguments(kernel)),
+        Lowering("cpp.attention_quantized", attention_quantized, _quantized, same_arguments(quantized)),
+    )
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
@@ -42,4 +47,11 @@ def _attention(node: fx.Node) -> str | None:
     given = arguments(node)
     mask = given["mask"]
     q, k, v = (given[name].meta["val"] for name in ("q", "k", "v"))
+    return unsupported_reason(q, k, v, None if mask is None else mask.meta["val"])
+
+
+def _quantized(node: fx.Node) -> str | None:
+    given = arguments(node)
+    q, k, v = (given[name].meta["val"] for name in ("q", "k_tail", "v_tail"))
+    mask = given["mask"]
     return unsupported_reason(q, k, v, None if mask is None else mask.meta["val"])

@@ -34,7 +34,7 @@ class Artifact(_compat.OutputCode):
         compiled, prologue = self.compiled, self.prologue
         if prologue is None:
             return compiled
-        return lambda inputs: compiled(prologue(inputs))
+        return prologue.around(compiled)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         return self._call(inputs)  # type: ignore[arg-type]

@@ -54,32 +54,36 @@ class Buffer:
 
 
 @prologue.call_time(ops.kv_reserve)
-def reserve(past: Tensor, count: int, dim: int) -> Tensor:
+def reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> Tensor:
     """A tensor that continues `past` by `count` undefined rows along `dim`: the same memory if that is safe.
 
     past [..., S, ...] of any strides; the result [..., S + count, ...] has the strides of `ops.kv_reserve`.
     The first S rows of the result must not be written. Thread-safe: of two callers with one `past`, one gets
-    a copy.
+    a copy. capacity: the rows that memory is taken for, where it should not grow; more raise KVCapacityError.
     """
     size = past.shape
     length = size[dim]
+    ops.check_capacity(length + count, capacity)
     base = past._base
     buffer: Buffer | None = getattr(base, "_graphopt_kv", None)
     if buffer is None or base is None or not _is_view_of(past, base, buffer, dim, length):
-        return _copy(past, count, dim, _some_growth())
+        return _copy(past, count, dim, capacity or _roomy(length + count, _some_growth()))
     first = past.storage_offset() // buffer.row
     end = first + length
     with _lock:
         if end + count <= buffer.capacity and _is_free(buffer, past, end):
             buffer.used = end + count
             return _view(base, buffer, first, length + count)
-    return _copy(past, count, dim, _GROWTH)
+    return _copy(past, count, dim, capacity or _roomy(length + count, _GROWTH))
 
 
 @prologue.call_time(ops.kv_allocate)
-def allocate(size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new cache of the given size with undefined rows and room to grow along `dim`."""
-    return _new(size, dim, _some_growth(), dtype, device)
+def allocate(
+    size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device, capacity: int | None = None
+) -> Tensor:
+    """A new cache of the given size with undefined rows and room to grow along `dim`; capacity as in `reserve`."""
+    ops.check_capacity(size[dim], capacity)
+    return _new(size, dim, capacity or _roomy(size[dim], _some_growth()), dtype, device)
 
 
 @prologue.call_time(ops.kv_window)
@@ -137,11 +141,16 @@ def _view(base: Tensor, buffer: Buffer, first: int, length: int) -> Tensor:
     return view
 
 
-def _copy(past: Tensor, count: int, dim: int, growth: float) -> Tensor:
+def _roomy(length: int, growth: float) -> int:
+    """Rows to take memory for: at most half as many again as are needed, beyond a small floor."""
+    return max(int(length * growth), length + _FLOOR)
+
+
+def _copy(past: Tensor, count: int, dim: int, capacity: int) -> Tensor:
     length = past.shape[dim]
     size = list(past.shape)
     size[dim] = length + count
-    room = _new(size, dim, growth, past.dtype, past.device)
+    room = _new(size, dim, capacity, past.dtype, past.device)
     room.narrow(dim, 0, length).copy_(past)
     buffer: Buffer | None = getattr(room._base, "_graphopt_kv", None)
     if buffer is not None:
@@ -151,8 +160,7 @@ def _copy(past: Tensor, count: int, dim: int, growth: float) -> Tensor:
     return room
 
 
-def _new(size: Sequence[int], dim: int, growth: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    capacity = max(int(size[dim] * growth), size[dim] + _FLOOR)
+def _new(size: Sequence[int], dim: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     rest = (*size[:dim], *size[dim + 1 :])
     # Also under inference_mode an ordinary tensor: only those have a version counter.
     with torch.inference_mode(False):

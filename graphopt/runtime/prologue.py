@@ -3,7 +3,8 @@
 Some operations of a graph must not run inside the compiled code on every call: reserving room in a cache hands out a
 view of memory that lives longer than the call, and packing a weight is done once until the weight changes. Passes
 write such operations as ordinary nodes; `hoist` moves them, when all they read are inputs of the graph, into a
-`Prologue`, and the graph receives their results as inputs instead.
+`Prologue`, and the graph receives their results as inputs instead. What is done after the graph, to results that are
+not plain tensors, goes the same way into an `Epilogue`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import fx
 
 from graphopt import edit
 from graphopt.runtime import packs
+from graphopt.runtime.epilogue import Epilogue, sink
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -71,9 +73,26 @@ class Prologue:
 
     steps: tuple[Step, ...]
     results: tuple[int, ...]
+    epilogue: Epilogue | None = None
+
+    def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        """A boxed callable: the compiled graph with the work before it and, if there is any, that after it."""
+        epilogue = self.epilogue
+        if epilogue is None:
+            return lambda inputs: compiled(self(inputs))
+
+        def call(inputs: list[Any]) -> list[Any]:
+            values = self._values(inputs)
+            return epilogue(values, compiled([values[index] for index in self.results]))
+
+        return call
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """The compiled graph's inputs. Empties `inputs`, as boxed callables do."""
+        values = self._values(inputs)
+        return [values[index] for index in self.results]
+
+    def _values(self, inputs: list[Any]) -> list[Any]:
         values = list(inputs)
         inputs.clear()
         packing, positions = self._packing(len(values))
@@ -94,10 +113,10 @@ class Prologue:
                 fresh[number] = values[-1]
         if fresh:
             self._kept["packs"] = packs.Snapshot(weights, self._kept.clear), fresh
-        return [values[index] for index in self.results]
+        return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"steps": self.steps, "results": self.results}
+        return {"steps": self.steps, "results": self.results, "epilogue": self.epilogue}
 
     @functools.cached_property
     def _kept(self) -> dict[str, tuple[packs.Snapshot, dict[int, Any]]]:
@@ -154,7 +173,8 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
             index[node] = len(index)
             if str(node.target) in _call_time or node.target is operator.getitem:
                 hoisted.append(node)
-    if not hoisted:
+    epilogue = sink(graph_module, index)
+    if not hoisted and epilogue is None:
         return None, list(inputs)
     results = list(range(len(placeholders)))
     new_inputs = list(inputs)
@@ -174,10 +194,11 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
             graph_module.graph.erase_node(node)
     edit.eliminate_dead_code(graph_module)
     for position, node in reversed(list(enumerate(placeholders))):
-        if not node.users:
+        # A symbolic size stays: the sizes of what the prologue makes may be given by it alone.
+        if not node.users and not isinstance(node.meta.get("val"), torch.SymInt):
             graph_module.graph.erase_node(node)
             del results[position], new_inputs[position]
-    return Prologue(tuple(steps), tuple(results)), new_inputs
+    return Prologue(tuple(steps), tuple(results), epilogue), new_inputs
 
 
 def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.Node]) -> bool:

@@ -236,17 +236,30 @@ struct Attention {
     }
   }
 
-  void run(const AttentionPiece& piece) {
+  void start(const AttentionPiece& piece) {
     load_queries(piece);
     for (int64_t i = 0; i < rows * dim_v; ++i) acc[i] = 0.0f;
     for (int64_t row = 0; row < rows; ++row) maximum[row] = minus_infinity, total[row] = 0.0f;
+  }
+
+  // Scores of keys [begin, begin + count) to weights.
+  void weigh_block(const AttentionPiece& piece, int64_t begin, int64_t count) {
+    if (task.mask_kind != AttentionTask::none) load_mask(piece, begin, count);
+    softmax_block(begin, count);
+  }
+
+  void run(const AttentionPiece& piece) {
+    start(piece);
     for (int64_t begin = piece.begin; begin < piece.end; begin += key_block) {
       const int64_t count = smaller(key_block, piece.end - begin);
       score_block(piece, begin, count);
-      if (task.mask_kind != AttentionTask::none) load_mask(piece, begin, count);
-      softmax_block(begin, count);
+      weigh_block(piece, begin, count);
       value_block(piece, begin, count);
     }
+    finish(piece);
+  }
+
+  void finish(const AttentionPiece& piece) {
     if (!piece.part)
       for (int64_t row = 0; row < rows; ++row)
         write(out_row(piece, row), acc + row * dim_v, total[row] == 0.0f ? task.of_nothing : 1.0f / total[row]);

@@ -16,6 +16,7 @@ using namespace graphopt;
 
 #include "amx.h"
 #include "attention.h"
+#include "attention_quantized.h"
 #include "dequantize.h"
 #include "linear.h"
 #include "quantized.h"
@@ -61,6 +62,13 @@ void attention_piece(Dtype dtype, const AttentionTask& task, const AttentionPiec
 
 void attention_merge(Dtype dtype, const AttentionTask& task, const AttentionPiece* pieces, int64_t count) {
   with_storage(dtype, [&]<class S>(S) { Attention<S>::merge(task, pieces, count); });
+}
+
+int64_t quantized_floats(const AttentionTask& task) { return QuantizedAttention<Fp32>::block_floats(task); }
+
+void attention_quantized(Dtype tail, const AttentionTask& task, const QuantizedRows& k, const QuantizedRows& v,
+                         const AttentionPiece& piece, float* scratch, float* block) {
+  with_storage(tail, [&]<class S>(S) { QuantizedAttention<S>(task, k, v, block).run(piece, scratch); });
 }
 
 // Whether weight rows are made bf16 before they meet these rows of x.
@@ -136,6 +144,8 @@ constexpr Kernels table = {
     .attention_floats = attention_floats,
     .attention_piece = attention_piece,
     .attention_merge = attention_merge,
+    .quantized_floats = quantized_floats,
+    .attention_quantized = attention_quantized,
 };
 
 }  // namespace

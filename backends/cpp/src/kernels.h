@@ -51,6 +51,17 @@ struct AttentionPiece {
   float* part;
 };
 
+// Packed rows of a quantised KV cache, one of keys or of values; strides in elements: batch, head, row (of params: of
+// keys one for each `group` rows). Rows from `packed` on are plain ones of the task's dtype.
+enum class CacheKind : int { int8 = 0, fp8 = 1, int4 = 2 };
+struct QuantizedRows {
+  CacheKind kind;
+  const uint8_t* codes;
+  const uint16_t* params;  // fp16
+  int64_t packed, group;
+  int64_t code_stride[3], param_stride[3];
+};
+
 // The kinds of codes of packed weights (graphopt/quantization/schemes.py has the layouts).
 enum class Codes : int { int8 = 0, fp8 = 1, int4 = 2, nf4 = 3, mxfp4 = 4 };
 
@@ -93,6 +104,11 @@ struct Kernels {
   void (*attention_floats)(Dtype, const AttentionTask&, int64_t* scratch, int64_t* part);
   void (*attention_piece)(Dtype, const AttentionTask&, const AttentionPiece&, float* scratch);
   void (*attention_merge)(Dtype, const AttentionTask&, const AttentionPiece* pieces, int64_t count);
+  // The same over quantised keys and values: `tail` is the dtype of the rows that are not, all else is fp32. The scratch
+  // of the task in fp32 is followed by quantized_floats more.
+  int64_t (*quantized_floats)(const AttentionTask&);
+  void (*attention_quantized)(Dtype tail, const AttentionTask&, const QuantizedRows& k, const QuantizedRows& v, const AttentionPiece&,
+                              float* scratch, float* block);
 };
 
 // Tables in the order of preference; null where the machine or the compiler cannot.

@@ -1,0 +1,147 @@
+// What the operators of decode attention share: the task of their tensors, and how it is shared out among threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "kernels.h"
+#include "operators.h"
+
+namespace graphopt {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Keys are shared out among threads in blocks of this many.
+inline constexpr int64_t key_unit = 64;
+// Below this many multiply-adds a second thread costs more than it brings.
+inline constexpr int64_t work_worth_thread = 1 << 16;
+
+inline bool dense_rows(const Tensor& t) { return t.layout() == at::kStrided && (t.stride(3) == 1 || t.size(3) == 1); }
+
+// Whether the kernels take the mask, which broadcasts to `full`: batch, heads, queries, keys.
+inline bool mask_fits(const MaybeTensor& mask, at::ScalarType dtype, std::array<int64_t, 4> full) {
+  if (!mask || !mask->defined()) return true;
+  const auto type = mask->scalar_type();
+  if (mask->layout() != at::kStrided || (type != at::kBool && type != dtype && type != at::kFloat)) return false;
+  if (mask->dim() > 4) return false;
+  for (int64_t i = 0; i < mask->dim(); ++i) {
+    const int64_t size = mask->size(mask->dim() - 1 - i);
+    if (size != 1 && size != full[3 - i]) return false;
+  }
+  return true;
+}
+
+inline AttentionTask task_of(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, const Tensor& out, bool causal,
+                      double scale, double softcap, int64_t window, bool nan_rows) {
+  AttentionTask task{};
+  task.of_nothing = nan_rows ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+  task.q = q.const_data_ptr(), task.k = k.const_data_ptr(), task.v = v.const_data_ptr(), task.out = out.mutable_data_ptr();
+  task.batch = q.size(0), task.heads = q.size(1), task.kv_heads = k.size(1), task.queries = q.size(2), task.keys = k.size(2);
+  task.dim = q.size(3), task.dim_v = v.size(3);
+  for (int i = 0; i < 3; ++i) {
+    task.q_stride[i] = q.stride(i), task.k_stride[i] = k.stride(i), task.v_stride[i] = v.stride(i);
+    task.out_stride[i] = out.stride(i);
+  }
+  task.causal = causal, task.scale = float(scale), task.softcap = float(softcap), task.window = window;
+  if (mask && mask->defined()) {
+    task.mask = mask->const_data_ptr();
+    const auto type = mask->scalar_type();
+    task.mask_kind = type == at::kBool ? AttentionTask::boolean
+        : type == q.scalar_type()      ? AttentionTask::additive
+                                       : AttentionTask::additive_fp32;
+    for (int64_t i = 0; i < mask->dim(); ++i) {
+      const int64_t d = mask->dim() - 1 - i;
+      task.mask_stride[3 - i] = mask->size(d) == 1 ? 0 : mask->stride(d);
+    }
+  }
+  return task;
+}
+
+// Whether the mask hides a key from every query. In a mask of numbers only minus infinity does: all other numbers
+// leave a weight, however small.
+inline bool is_hidden(const AttentionTask& task, Dtype dtype, int64_t key) {
+  for (int64_t b = 0; b < (task.mask_stride[0] ? task.batch : 1); ++b)
+    for (int64_t h = 0; h < (task.mask_stride[1] ? task.heads : 1); ++h)
+      for (int64_t q = 0; q < (task.mask_stride[2] ? task.queries : 1); ++q) {
+        const int64_t at = b * task.mask_stride[0] + h * task.mask_stride[1] + q * task.mask_stride[2] + key * task.mask_stride[3];
+        if (task.mask_kind == AttentionTask::boolean) {
+          if (static_cast<const uint8_t*>(task.mask)[at]) return false;
+        } else if (task.mask_kind == AttentionTask::additive_fp32 || dtype == Dtype::fp32) {
+          if (static_cast<const float*>(task.mask)[at] != -std::numeric_limits<float>::infinity()) return false;
+        } else if (static_cast<const uint16_t*>(task.mask)[at] != (dtype == Dtype::fp16 ? 0xfc00 : 0xff80)) {
+          return false;
+        }
+      }
+  return true;
+}
+
+// Share the task out among threads, each of which does pieces by `work(piece, scratch, extra)`: scratch memory as the
+// kernels of `dtype` ask for, and `extra_floats` more.
+template <class Work>
+void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats, Work&& work_on) {
+  const Kernels& table = kernels();
+  int64_t scratch_floats, part_floats;
+  table.attention_floats(dtype, task, &scratch_floats, &part_floats);
+  // Keys that no query may see are not read.
+  int64_t end = task.causal ? std::min(task.keys, task.queries) : task.keys;
+  int64_t begin = task.window ? std::min(std::max<int64_t>(0, 1 - task.window), end) : 0;
+  // Of a cache of fixed size only the used part is read: the rest, and padding on the left, the mask hides.
+  if (task.mask_kind != AttentionTask::none) {
+    while (end > begin + 1 && is_hidden(task, dtype, end - 1)) --end;
+    while (begin < end - 1 && is_hidden(task, dtype, begin)) ++begin;
+  }
+  const int64_t blocks = (end - begin + key_unit - 1) / key_unit, heads = task.batch * task.kv_heads;
+  const int64_t work = heads * (end - begin) * (task.heads / task.kv_heads) * task.queries * (task.dim + task.dim_v);
+  const int64_t threads = std::clamp<int64_t>(std::min<int64_t>(work / work_worth_thread, heads * blocks), 1, at::get_num_threads());
+
+  // Each thread takes an equal run of blocks, which may begin and end within a head; such a head is merged afterwards.
+  c10::SmallVector<AttentionPiece, 16> pieces;
+  c10::SmallVector<int64_t, 16> first{0};
+  int64_t parts = 0;
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    const int64_t last = (thread + 1) * heads * blocks / threads;
+    for (int64_t at = thread * heads * blocks / threads; at < last;) {
+      const int64_t head = at / blocks, from = at % blocks, to = std::min(blocks, from + last - at);
+      const bool whole = from == 0 && to == blocks;
+      parts += !whole;
+      // The addresses of the parts are known once they are counted; a mark stands in until then.
+      static float mark;
+      pieces.push_back({head / task.kv_heads, head % task.kv_heads, begin + from * key_unit, std::min(end, begin + to * key_unit),
+                        whole ? nullptr : &mark});
+      at += to - from;
+    }
+    first.push_back(int64_t(pieces.size()));
+  }
+  auto* part = static_cast<float*>(scratch(Scratch::per_call, (parts * part_floats + 1) * sizeof(float)));
+  for (AttentionPiece& piece : pieces)
+    if (piece.part) piece.part = part, part += part_floats;
+
+  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    auto* memory = static_cast<float*>(scratch(Scratch::per_thread, (scratch_floats + extra_floats) * sizeof(float)));
+    for (int64_t i = first[from]; i < first[to]; ++i) work_on(pieces[i], memory, memory + scratch_floats);
+  });
+  for (size_t i = 0; i < pieces.size();) {
+    size_t next = i + 1;
+    while (next < pieces.size() && pieces[next].batch == pieces[i].batch && pieces[next].kv_head == pieces[i].kv_head) ++next;
+    if (pieces[i].part) table.attention_merge(dtype, task, &pieces[i], int64_t(next - i));
+    i = next;
+  }
+}
+
+inline Tensor empty_out(const Tensor& q, const Tensor& v) {
+  const auto b = q.sym_size(0), h = q.sym_size(1), s = q.sym_size(2), d = v.sym_size(3);
+  return at::empty_strided_symint({b, h, s, d}, {s * h * d, d, h * d, c10::SymInt(1)}, q.options());
+}
+
+// graphopt_cpp::attention itself, for operators that fall back to it.
+Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal, double scale,
+                     double softcap, int64_t window, bool nan_rows);
+
+}  // namespace graphopt
