@@ -37,20 +37,27 @@ struct PackedX {
 // Halves [count > 0] as floats, zeros behind them.
 INLINE F halves(const uint16_t* p, int64_t count) {
   if (count >= lanes) return Fp16::widen(p);
+#if defined(__AVX512F__)
+  return F(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p)));
+#else
   uint16_t buffer[lanes] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
   return Fp16::widen(buffer);
+#endif
 }
 
-// Powers of two from their biased exponents (E8M0), where 255 means NaN.
+// Powers of two from their biased exponents [count > 0] (E8M0), where 255 means NaN; zeros behind them.
 INLINE F powers(const uint8_t* p, int64_t count) {
+  const int32_t inside = int32_t(smaller(count, lanes));
+#if defined(__AVX512F__)
+  const U exponent = U(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << inside) - 1), p)));
+#else
   uint8_t buffer[lanes] = {};
-  for (int64_t i = 0; i < smaller(count, lanes); ++i) buffer[i] = p[i];
-  U exponent = reinterpret_cast<U>(widened(buffer) & 255);
-  U bits = exponent << 23;
-  bits = bits | (reinterpret_cast<U>(exponent == 0) & 0x00400000u) | (reinterpret_cast<U>(exponent == 255) & 0x00400000u);
-  I inside = lane_number() < int32_t(smaller(count, lanes));
-  return reinterpret_cast<F>(bits & reinterpret_cast<U>(inside));
+  for (int i = 0; i < inside; ++i) buffer[i] = p[i];
+  const U exponent = reinterpret_cast<U>(widened(buffer) & 255);
+#endif
+  const U bits = exponent << 23 | (reinterpret_cast<U>((exponent == 0) | (exponent == 255)) & 0x00400000u);
+  return reinterpret_cast<F>(bits & reinterpret_cast<U>(lane_number() < inside));
 }
 
 // One parameter of the groups for the runs [from, from + lanes) of a weight row; zeros behind the last group.
