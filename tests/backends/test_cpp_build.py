@@ -59,7 +59,15 @@ def test_without_kernels_there_are_no_lowerings(monkeypatch: pytest.MonkeyPatch)
 def test_with_kernels_each_dialect_operation_has_one() -> None:
     if reason := cpp.unavailable_reason():
         pytest.skip(reason)
-    assert [lowering.name for lowering in cpp.lowerings()] == ["cpp.linear", "cpp.parallel_linear", "cpp.attention"]
+    assert {lowering.name for lowering in cpp.lowerings()} == {
+        "cpp.linear",
+        "cpp.parallel_linear",
+        "cpp.quantized_linear",
+        "cpp.parallel_quantized_linear",
+        "cpp.quantized_embedding",
+        "cpp.attention",
+        "cpp.attention_quantized",
+    }
 
 
 def test_nothing_is_left_open_to_others_whatever_the_umask(tiny_build: Path) -> None:

@@ -210,7 +210,8 @@ def test_limit_leaves_the_graph_as_it_was() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 4), min_size=3, max_size=5),
+    # A product over a dimension of size 1 is captured as a multiplication: no reader that could be told from others.
+    shape=st.lists(st.integers(2, 4), min_size=3, max_size=5),
     counts=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     place=st.integers(0, 4),
     permute=st.booleans(),

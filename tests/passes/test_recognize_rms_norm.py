@@ -107,7 +107,7 @@ def result_used_twice(x: Tensor, weight: Tensor) -> Tensor:
 
 
 REFUSALS: list[tuple[Callable[..., Tensor], torch.dtype, str]] = [
-    (narrow, torch.bfloat16, "expected a result in float32, found bfloat16"),
+    (narrow, torch.bfloat16, "expected cast to bfloat16 on the way, found nothing"),
     (sum_for_mean, torch.float32, "expected aten.mean.dim, found aten.sum.dim_IntList"),
     (other_dimension, torch.float32, "expected a result of shape"),
     (cubed, torch.float32, "expected exponent=2, found 3"),
