@@ -2,8 +2,9 @@
 
 Weights are inputs of every call, so a derived tensor is only valid for the tensors it was made from. Each one is kept
 under a guard on (identity, data_ptr, version counter) of its sources; on any difference it is made again. One pack is
-shared by all graphs and shapes that ask for it, and it dies with its weights. What the guard cannot see: writes
-through `weight.data` or through a NumPy alias, which torch does not count; call `refresh()` after such a write.
+shared by all graphs and shapes that ask for it, and it dies with its weights. Writes through `weight.data` or a NumPy
+alias are not counted by torch; of weights in the CPU's memory the bits of 32 elements are compared as well, which sees
+every write to a whole weight or to a good part of one. Call `refresh()` after smaller ones, or on a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import torch
 @dataclasses.dataclass
 class _Pack:
     sources: tuple[weakref.ref[torch.Tensor], ...]
-    states: tuple[tuple[int, int], ...]
+    states: tuple[tuple[object, ...], ...]
     result: Any
 
 
 _packs: dict[Any, _Pack] = {}
 _lock = threading.RLock()
 _generation = [0]
+_SAMPLES = 32
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def packed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,17 +105,23 @@ class Snapshot:
 
     def __init__(self, tensors: Sequence[torch.Tensor], on_death: Callable[[], None]) -> None:
         self._sources = [weakref.ref(tensor, lambda _: on_death()) for tensor in tensors]
-        self._states = [_state(tensor) for tensor in tensors]
+        self._states = [_counted(tensor) for tensor in tensors]
         self._generation = _generation[0]
+        with torch.no_grad(), torch.inference_mode(False):
+            samples: dict[int, list[torch.Tensor]] = {}
+            for sample in map(_sample, tensors):
+                if sample is not None:
+                    samples.setdefault(sample.itemsize, []).append(sample)
+            self._samples = [(views, torch.cat(views)) for views in samples.values()]
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, unchanged, and `refresh` has not been called."""
         if self._generation != _generation[0]:
             return False
         for tensor, source, state in zip(tensors, self._sources, self._states, strict=True):
-            if source() is not tensor or _state(tensor) != state:
+            if source() is not tensor or _counted(tensor) != state:
                 return False
-        return True
+        return all(torch.equal(torch.cat(views), bits) for views, bits in self._samples)
 
 
 def refresh() -> None:
@@ -145,7 +154,27 @@ def _split(value: Any, tensors: list[torch.Tensor]) -> Any:
     return value
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
+def _state(tensor: torch.Tensor) -> tuple[object, ...]:
+    with torch.no_grad():
+        sample = _sample(tensor)
+    return *_counted(tensor), None if sample is None else tuple(sample.tolist())
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A view of the bits of some elements, spread over rows and columns; None where looking would cost too much."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return None
+    if tensor.device.type != "cpu" or tensor.is_inference() or tensor.numel() == 0 or tensor.is_complex():
+        return None
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    count = min(_SAMPLES, extent)
+    # An odd step below the even spread: else all samples could lie in one column.
+    even = extent // count
+    step = (even - 1) | 1 if even > 2 else even
+    return tensor.detach().view(_BITS[tensor.itemsize]).as_strided((count,), (step,))
+
+
+def _counted(tensor: torch.Tensor) -> tuple[int, int]:
     # Inference tensors have no version counter: only their content tells whether they changed.
     version = int(torch.hash_tensor(tensor)) if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version

@@ -43,7 +43,11 @@ def _transposed_data(weight: nn.Parameter) -> None:
     weight.data = torch.randn(weight.shape[1], weight.shape[0]).t()
 
 
-CHANGES = (_in_place, _on_a_slice, _data_swap, _transposed_data)
+def _through_data(weight: nn.Parameter) -> None:
+    weight.data.normal_()
+
+
+CHANGES = (_in_place, _on_a_slice, _data_swap, _transposed_data, _through_data)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))

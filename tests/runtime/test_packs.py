@@ -74,10 +74,25 @@ def test_pack_dies_with_its_weight(doubled):
     assert packs.packed_bytes() == 0
 
 
-def test_write_through_data_is_seen_after_refresh(doubled):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
+@pytest.mark.parametrize("write", [lambda data: data.add_(1), lambda data: data[:, :24].zero_()])
+def test_write_through_data_to_much_of_a_weight_is_seen(doubled, write, dtype):
     double, _ = doubled
-    weight = torch.nn.Parameter(torch.ones(3))
-    double(weight)
-    weight.data.add_(1)
+    for weight in (torch.ones(64, 96, dtype=dtype), torch.ones(96, 64, dtype=dtype).t(), torch.ones(3, 25, dtype=dtype)):
+        weight = torch.nn.Parameter(weight, requires_grad=False)
+        double(weight)
+        snapshot = packs.Snapshot([weight], lambda: None)
+        assert snapshot.holds([weight])
+        write(weight.data)
+        assert not snapshot.holds([weight])
+        assert torch.equal(double(weight), weight * 2)
+
+
+def test_small_write_through_data_is_seen_after_refresh(doubled):
+    double, _ = doubled
+    weight = torch.nn.Parameter(torch.ones(1000))
+    before = double(weight)
+    weight.data[998] = 3
+    assert double(weight) is before
     packs.refresh()
-    assert torch.equal(double(weight), torch.full((3,), 4.0))
+    assert torch.equal(double(weight), weight * 2)
