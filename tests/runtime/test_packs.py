@@ -78,7 +78,8 @@ def test_pack_dies_with_its_weight(doubled):
 @pytest.mark.parametrize("write", [lambda data: data.add_(1), lambda data: data[:, :24].zero_()])
 def test_write_through_data_to_much_of_a_weight_is_seen(doubled, write, dtype):
     double, _ = doubled
-    for weight in (torch.ones(64, 96, dtype=dtype), torch.ones(96, 64, dtype=dtype).t(), torch.ones(3, 25, dtype=dtype)):
+    wide, tall, odd = torch.ones(64, 96, dtype=dtype), torch.ones(96, 64, dtype=dtype), torch.ones(3, 25, dtype=dtype)
+    for weight in (wide, tall.t(), odd):
         weight = torch.nn.Parameter(weight, requires_grad=False)
         double(weight)
         snapshot = packs.Snapshot([weight], lambda: None)
