@@ -16,19 +16,23 @@ KNOWN = {
     "std_mean.unbiased": "the mean of an empty tensor is 0, where eager's is nan",
     "var_mean.unbiased": "the mean of an empty tensor is 0, where eager's is nan",
 }
+# Dynamo's own fake tensors refuse these, with every backend.
+NOT_TRACED = {"max_pool2d_with_indices_backward-dynamic-float32"}
 
 
 @pytest.mark.rotate(one_in=24)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_meaning(case: opinfo.Case) -> None:
+    if str(case) in NOT_TRACED:
+        pytest.xfail("Dynamo cannot trace it with symbolic sizes")
     opinfo.check(case, target="reference", most=3)
 
 
 @pytest.mark.rotate(one_in=200)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_generated_code(case: opinfo.Case) -> None:
-    if case.op in KNOWN:
-        pytest.xfail(KNOWN[case.op])
+    if case.op in KNOWN or str(case) in NOT_TRACED:
+        pytest.xfail(KNOWN.get(case.op, "Dynamo cannot trace it with symbolic sizes"))
     opinfo.check(case, target="cpu", most=2)
 
 
