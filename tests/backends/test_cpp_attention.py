@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,38 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from graphopt.backends import cpp
 from graphopt.backends.cpp import attention as lowering
 
-ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "plain")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 MASKS = ("none", "bool", "bool by head", "bool of queries", "additive", "additive float32")
+pytestmark = pytest.mark.usefixtures("cpp_library")
 kernels = torch.ops.graphopt_cpp
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    if reason := cpp.unavailable_reason():
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set this machine runs, forced."""
-    if request.param not in kernels.isas().split():
-        pytest.skip(f"this machine does not run {request.param}")
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa("")
-
-
-@pytest.fixture(params=(1, 2))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def meaning(

@@ -13,18 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt import ops
-from graphopt.backends import cpp
 from graphopt.quantization import cache_operations as layout
 from graphopt.runtime import kv_quantized
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+pytestmark = pytest.mark.usefixtures("cpp_library")
 kernels = torch.ops.graphopt_cpp
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    if reason := cpp.unavailable_reason():
-        pytest.skip(reason)
 
 
 @pytest.fixture(params=("amx", "avx512bf16", "avx512", "avx2", "plain"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from graphopt.backends import cpp
 from graphopt.backends.cpp import quantized as lowering
 from graphopt.quantization import codecs, operations, schemes
 
-ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "plain")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = (
     "int8",
@@ -33,23 +31,8 @@ SCHEMES = (
     "int8-dynamic",
     "fp8-dynamic",
 )
+pytestmark = pytest.mark.usefixtures("cpp_library")
 kernels = torch.ops.graphopt_cpp
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    if reason := cpp.unavailable_reason():
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set this machine runs, forced."""
-    if request.param not in kernels.isas().split():
-        pytest.skip(f"this machine does not run {request.param}")
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa("")
 
 
 def check(out: Tensor, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, scheme: str) -> None:

@@ -17,7 +17,7 @@ SHAPES = [(2, 4, 20, 20, 16, 16, 4), (1, 4, 1, 33, 16, 16, 2), (1, 8, 70, 70, 8,
 """batch, heads, queries, keys, head size, value size, KV heads"""
 
 
-def agrees(*inputs: torch.Tensor, tolerance: float = 1e-4, **settings: Any) -> str:
+def assert_agrees(*inputs: torch.Tensor, tolerance: float = 1e-4, **settings: Any) -> str:
     def function(*tensors: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = attention(*tensors, scale=0.3, **settings)
         return result
@@ -39,37 +39,40 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"softcap": 5.0}, {"is_causal": True, "window": 7}],
-                         ids=["full", "causal", "softcap", "window"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"is_causal": True}, {"softcap": 5.0}, {"is_causal": True, "window": 7}],
+    ids=["full", "causal", "softcap", "window"],
+)
 def test_settings(shape: tuple[int, ...], settings: dict[str, Any]) -> None:
-    agrees(*operands(shape), **settings)
+    assert_agrees(*operands(shape), **settings)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_masks_broadcast(shape: tuple[int, ...]) -> None:
     batch, _, queries, keys, *_ = shape
-    agrees(*operands(shape), torch.rand(batch, 1, queries, keys) > 0.4)
-    agrees(*operands(shape), torch.randn(queries, keys))
+    assert_agrees(*operands(shape), torch.rand(batch, 1, queries, keys) > 0.4)
+    assert_agrees(*operands(shape), torch.randn(queries, keys))
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
     mask[..., 3, :] = False
-    agrees(*operands((1, 2, 20, 20, 16, 16, 2)), mask)
+    assert_agrees(*operands((1, 2, 20, 20, 16, 16, 2)), mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_operands(dtype: torch.dtype) -> None:
-    agrees(*operands((1, 4, 33, 70, 32, 32, 2), dtype), tolerance=2e-2)
+    assert_agrees(*operands((1, 4, 33, 70, 32, 32, 2), dtype), tolerance=2e-2)
 
 
 def test_few_queries_read_each_key_once_for_all_heads_of_its_group() -> None:
-    source = agrees(*operands((2, 8, 1, 40, 16, 16, 2)))
+    source = assert_agrees(*operands((2, 8, 1, 40, 16, 16, 2)))
     assert "cdiv(4, 16) * 4" in source.split("def call", 1)[1]
 
 
 def test_causal_walk_ends_at_the_diagonal() -> None:
-    assert "last_0" in agrees(*operands((1, 2, 200, 200, 16, 16, 2)), is_causal=True)
+    assert "last_0" in assert_agrees(*operands((1, 2, 200, 200, 16, 16, 2)), is_causal=True)
 
 
 def test_a_cache_seen_through_views_is_not_copied() -> None:
