@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from graphopt.backends.cpp import attention, build, linear, quantized
+from graphopt.backends.cpp import attention, build, isa, linear, quantized
 from graphopt.lowering import Lowering
 from graphopt.runtime import cache
 
@@ -13,6 +13,18 @@ from graphopt.runtime import cache
 def unavailable_reason() -> str | None:
     """Why the kernels cannot run here, or None. Builds them (half a minute, once) or loads what was built."""
     return build.load(cache.cache_dir("cpp"))
+
+
+def load_instruction_set(name: str) -> bool:
+    """Have the kernels for this instruction set at hand (`torch.ops.graphopt_cpp.set_isa` then takes it).
+
+    For tests and measurements, where `unavailable_reason()` is None. False if this machine does not run it.
+    """
+    for each in isa.runnable():
+        if each.name == name:
+            build.load_table(cache.cache_dir("cpp"), each)
+            return True
+    return False
 
 
 def lowerings() -> tuple[Lowering, ...]:

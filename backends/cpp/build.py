@@ -1,7 +1,7 @@
-"""Build the C++ kernels of `src/` into one shared library with the machine's compiler, and load it.
+"""Build the C++ kernels of `src/` with the machine's compiler, and load them.
 
-Each instruction set is one object file compiled from the same `kernels.cpp`; which of them runs is decided when
-the library is loaded (`machine.cpp`), so the library depends on the compiler and on torch, not on the processor.
+Each instruction set is a library of its own compiled from `kernels.cpp`, a table of plain functions; the library that
+torch loads (`library.cpp`) holds the operators that call them. So a machine compiles only the table it runs.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
+from graphopt.backends.cpp.isa import InstructionSet, runnable
+
 SOURCES = Path(__file__).parent / "src"
 # No -ffast-math: NaN and infinity must come out as they do in eager. Not trapping and not setting errno lets
 # comparisons and square roots be vectorised and changes no value.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-w")
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "avx2": _AVX2,
-    "avx512": _AVX512,
-    "avx512vnni": (*_AVX512, "-mavx512vnni"),
-    "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
-    "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-}
 BUILD_SECONDS = 600.0
 
 
@@ -64,34 +58,101 @@ def unavailable_reason() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One shared library, of one object file: the words of the command that compiles it, and what it is linked with."""
+
+    name: str
+    command: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+
 @functools.cache
 def load(directory: Path) -> str | None:
-    """Load the library from `directory`, building it first if it is not there; later calls return at once.
+    """Load the operators and the best table, building first what is not in `directory`; later calls return at once.
 
     `directory` is private to the user (`graphopt.runtime.cache.cache_dir`). Returns None once the operators
-    `torch.ops.graphopt_cpp.*` exist, otherwise the reason why not, which then holds for the process's life.
+    `torch.ops.graphopt_cpp.*` work, otherwise the reason why not, which then holds for the process's life.
     """
     reason = unavailable_reason()
     if reason is not None:
         return reason
     try:
-        library = _library(directory)
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:  # cut short by a full disk or a crash: build it anew, once
-            library.unlink()
-            torch.ops.load_library(str(_library(directory)))
-    except (BuildError, OSError) as error:
+        _built(directory, [_operators(), _table(runnable()[0])], needed=1)  # side by side; a table may be refused
+        _load(directory, _operators(), torch.ops.load_library)
+        _load_best_table(directory)
+    except (BuildError, OSError, RuntimeError) as error:
         return f"the C++ kernels could not be built: {error}"
     return None
 
 
-def _library(directory: Path) -> Path:
-    library = directory / f"kernels-{_key()}.so"
+def load_table(directory: Path, isa: InstructionSet) -> None:
+    """Add the table of `isa`, which this machine must run, to those loaded: for tests and measurements."""
+    _load(directory, _table(isa), torch.ops.graphopt_cpp.add_table)
+
+
+def _load_best_table(directory: Path) -> None:
+    """The best table that the compiler knows and the operating system allows; raises the last one's BuildError."""
+    for isa in runnable():
+        if "amx_tile" in isa.needs and not torch.ops.graphopt_cpp.may_use_tiles():
+            continue
+        try:
+            return load_table(directory, isa)
+        except BuildError:  # a compiler too old for this instruction set knows the next
+            if isa is runnable()[-1]:
+                raise
+
+
+def _load(directory: Path, unit: Unit, load_library: Callable[[str], None]) -> None:
+    (library,) = _built(directory, [unit])
+    try:
+        load_library(str(library))
+    except (OSError, RuntimeError):  # cut short by a full disk or a crash: build it anew, once
+        library.unlink()
+        load_library(str(*_built(directory, [unit])))
+
+
+def _operators() -> Unit:
+    words = [f"-I{path}" for path in cpp_extension.include_paths()]
+    words += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-fopenmp"]
+    # OpenMP's symbols come from the runtime torch has loaded: one linked here could bring a second thread pool.
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
+    return _unit("operators", "library.cpp", words, libraries)
+
+
+def _table(isa: InstructionSet) -> Unit:
+    return _unit(isa.name, "kernels.cpp", [*isa.flags, f"-DGRAPHOPT_ISA={isa.name}"], ["-lm"])
+
+
+def _unit(name: str, source: str, words: Sequence[str], libraries: Sequence[str]) -> Unit:
+    return Unit(name, (str(compiler()), *FLAGS, *words, "-c", str(SOURCES / source)), tuple(libraries))
+
+
+def _built(directory: Path, units: Sequence[Unit], needed: int | None = None) -> list[Path]:
+    """The libraries of `units` in `directory`; raises BuildError if one of the first `needed` (default: any) fails."""
+    libraries = [directory / f"{unit.name}-{_key(unit)}.so" for unit in units]
     with _locked(directory / "kernels.lock"):
-        if not _is_private_file(library):
-            _build(library)
-    return library
+        missing = {unit: path for unit, path in zip(units, libraries, strict=True) if not _is_private_file(path)}
+        failed = _compile(missing, directory) if missing else {}
+    for unit in units[:needed]:
+        if unit in failed:
+            raise BuildError(f"compiling {unit.name} failed: {failed[unit]}")
+    return libraries
+
+
+def _compile(libraries: dict[Unit, Path], directory: Path) -> dict[Unit, str]:
+    """Compile in a directory of its own, then rename into place; returns the message of each unit that failed."""
+    with tempfile.TemporaryDirectory(prefix="build-", dir=directory) as work:
+        objects = {unit: f"{work}/{unit.name}.o" for unit in libraries}
+        results = {unit: Path(work) / path.name for unit, path in libraries.items()}
+        failed = _failures({unit: [*unit.command, "-o", objects[unit]] for unit in libraries})
+        for unit in libraries.keys() - failed.keys():
+            # -z now: a symbol that is missing is an error at load, not a crash at the first call.
+            link = [str(compiler()), "-shared", objects[unit], *unit.libraries, "-Wl,-z,now", "-o"]
+            _run([*link, str(results[unit])])
+            results[unit].chmod(0o600)
+            results[unit].rename(libraries[unit])
+    return failed
 
 
 def _is_private_file(path: Path) -> bool:
@@ -105,60 +166,19 @@ def _is_private_file(path: Path) -> bool:
 
 
 @functools.cache
-def _key() -> str:
+def _key(unit: Unit) -> str:
     """Digest of all that decides the library's content."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    version = _run([str(compiler()), "-v"])
-    parts = (version, torch.__version__, platform.machine(), repr(_commands(Path("."))))
+    parts = (_compiler_version(), torch.__version__, platform.machine(), *unit.command, *unit.libraries)
     digest.update("\0".join(parts).encode())
     return digest.hexdigest()[:32]
 
 
-def _commands(work: Path) -> dict[str, list[str]]:
-    """Object file name -> compiler command; objects land in `work`."""
-    common = [str(compiler()), *FLAGS]
-    torch_flags = [f"-I{path}" for path in cpp_extension.include_paths()]
-    torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-fopenmp"]
-    on_x86 = platform.machine() in ("x86_64", "AMD64")
-    commands = {}
-    for path in sorted(SOURCES.glob("*.cpp")):
-        if path.stem == "kernels":
-            continue
-        extra = torch_flags if path.stem != "machine" else []
-        commands[path.stem] = [*common, *extra, "-c", str(path), "-o", str(work / f"{path.stem}.o")]
-    for isa, flags in ISA_FLAGS.items():
-        if on_x86 or isa == "plain":
-            source = ["-c", str(SOURCES / "kernels.cpp"), "-o", str(work / f"{isa}.o")]
-            commands[isa] = [*common, *flags, f"-DGRAPHOPT_ISA={isa}", *source]
-    return commands
-
-
-def _build(library: Path) -> None:
-    """Compile in a directory of its own beside `library`, then rename into place."""
-    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as name:
-        work = Path(name)
-        commands = _commands(work)
-        failed = _run_all(commands)
-        # A compiler too old for an instruction set leaves an empty table; any other failure is final.
-        optional = [target for target in failed if target in ISA_FLAGS and target != "plain"]
-        absent = {isa: [*_without(commands[isa], ISA_FLAGS[isa]), "-DGRAPHOPT_ABSENT"] for isa in optional}
-        for target, message in {**failed, **_run_all(absent)}.items():
-            if target not in absent or not (work / f"{target}.o").exists():
-                raise BuildError(f"compiling {target} failed: {message}")
-        # OpenMP's symbols come from the runtime torch has loaded: one linked here could bring a second thread pool.
-        # -z now: a symbol that is missing is an error at load, not a crash at the first call.
-        result = work / "kernels.so"
-        objects = [str(work / f"{target}.o") for target in commands]
-        libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
-        _run([str(compiler()), "-shared", *objects, *libraries, "-Wl,-z,now", "-o", str(result)])
-        result.chmod(0o600)
-        result.rename(library)
-
-
-def _without(command: Sequence[str], flags: Sequence[str]) -> list[str]:
-    return [word for word in command if word not in flags]
+@functools.cache
+def _compiler_version() -> str:
+    return _run([str(compiler()), "-v"])
 
 
 def _run(command: Sequence[str]) -> str:
@@ -171,29 +191,16 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
-def _run_all(commands: dict[str, list[str]]) -> dict[str, str]:
+def _failures(commands: dict[Unit, list[str]]) -> dict[Unit, str]:
     """Run the commands, as many at a time as there are cores; returns the message of each that failed."""
-    failed: dict[str, str] = {}
-    waiting = list(commands.items())
-    running: list[tuple[str, subprocess.Popen[str]]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < len(os.sched_getaffinity(0)):
-                target, command = waiting.pop(0)
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                running.append((target, process))
-            target, process = running.pop(0)
-            try:
-                message = process.communicate(timeout=BUILD_SECONDS)[1]
-            except subprocess.TimeoutExpired as error:
-                running.append((target, process))
-                raise BuildError(f"compiling {target} took more than {BUILD_SECONDS:.0f} s") from error
-            if process.returncode:
-                failed[target] = _first_lines(message)
-    finally:
-        for _, process in running:
-            process.kill()
-            process.wait()
+    failed = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        running = {unit: pool.submit(_run, command) for unit, command in commands.items()}
+        for unit, future in running.items():
+            if isinstance(error := future.exception(), BuildError):
+                failed[unit] = str(error)
+            else:
+                future.result()
     return failed
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from graphopt.backends import cpp
-
-ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "plain")
+from graphopt.backends.cpp.isa import INSTRUCTION_SETS
 
 
 @pytest.fixture(scope="session")
@@ -19,15 +18,23 @@ def cpp_library() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=ISAS)
-def isa(cpp_library: None, request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def loaded_isas(cpp_library: None) -> dict[str, bool]:
+    """Whether this machine runs an instruction set; those asked for before are loaded."""
+    return {}
+
+
+@pytest.fixture(params=[each.name for each in INSTRUCTION_SETS])
+def isa(loaded_isas: dict[str, bool], request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set this machine runs, forced."""
-    kernels = torch.ops.graphopt_cpp
-    if request.param not in kernels.isas().split():
-        pytest.skip(f"this machine does not run {request.param}")
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa("")
+    name = request.param
+    if name not in loaded_isas:
+        loaded_isas[name] = cpp.load_instruction_set(name)
+    if not loaded_isas[name]:
+        pytest.skip(f"this machine does not run {name}")
+    torch.ops.graphopt_cpp.set_isa(name)
+    yield name
+    torch.ops.graphopt_cpp.set_isa("")
 
 
 @pytest.fixture(params=(1, 2))

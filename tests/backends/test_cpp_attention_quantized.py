@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,16 +18,6 @@ from graphopt.runtime import kv_quantized
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 pytestmark = pytest.mark.usefixtures("cpp_library")
 kernels = torch.ops.graphopt_cpp
-
-
-@pytest.fixture(params=("amx", "avx512bf16", "avx512", "avx2", "plain"))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set this machine runs, forced."""
-    if request.param not in kernels.isas().split():
-        pytest.skip(f"this machine does not run {request.param}")
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa("")
 
 
 def parts(rows: Tensor, kind: str, keys: bool) -> list[Tensor]:

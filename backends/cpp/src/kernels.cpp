@@ -1,16 +1,8 @@
 // The kernels of one instruction set: compiled once per set, with GRAPHOPT_ISA naming it and the flags to match.
 #include "kernels.h"
 
-#define GRAPHOPT_JOIN(a, b) a##b
-#define GRAPHOPT_TABLE(isa) GRAPHOPT_JOIN(isa, _kernels)
 #define GRAPHOPT_TEXT(a) #a
 #define GRAPHOPT_NAME(isa) GRAPHOPT_TEXT(isa)
-
-#if defined(GRAPHOPT_ABSENT)  // the compiler does not know this set
-
-const graphopt::Kernels* graphopt::GRAPHOPT_TABLE(GRAPHOPT_ISA)() { return nullptr; }
-
-#else
 
 using namespace graphopt;
 
@@ -150,6 +142,4 @@ constexpr Kernels table = {
 
 }  // namespace
 
-const Kernels* graphopt::GRAPHOPT_TABLE(GRAPHOPT_ISA)() { return &table; }
-
-#endif
+const Kernels* graphopt_table() { return &table; }

@@ -1,8 +1,8 @@
 // What one instruction set offers to the operators: a table of plain C functions over raw memory.
 //
-// kernels.cpp is compiled once per instruction set, each time to one such table. Neither this header nor anything
-// kernels.cpp includes may pull in torch or a standard header with inline functions: a copy of such a function
-// compiled for AVX-512 could be the one the linker keeps, and would then run on a machine without AVX-512.
+// kernels.cpp is compiled to one library for an instruction set, which gives one such table. Neither this header nor
+// anything kernels.cpp includes may pull in torch or a standard header with inline functions: it compiles in seconds, and
+// no copy of such a function, compiled for AVX-512, can be the one another library ends up with.
 #pragma once
 
 #include <stddef.h>
@@ -111,17 +111,10 @@ struct Kernels {
                               float* scratch, float* block);
 };
 
-// Tables in the order of preference; null where the machine or the compiler cannot.
-const Kernels* amx_kernels();
-const Kernels* avx512bf16_kernels();
-const Kernels* avx512vnni_kernels();
-const Kernels* avx512_kernels();
-const Kernels* avx2_kernels();
-const Kernels* plain_kernels();
-
-// The table in use: the best this machine runs, or the one named by select_isa.
+// The table in use: the best this machine runs, or the one named by set_isa.
 const Kernels& kernels();
-bool select_isa(const char* name);  // empty: the best; false if the name is unknown or the machine lacks it
-const char* runnable_isas();        // space separated, best first
 
 }  // namespace graphopt
+
+// What the library of one instruction set gives.
+extern "C" __attribute__((visibility("default"))) const graphopt::Kernels* graphopt_table();

@@ -1,12 +1,18 @@
-// What is neither a kernel nor one operator: scratch memory and the choice of instruction set.
+// The library that torch loads: all operators, in one translation unit because reading torch's headers is most of its
+// compile time. The kernels they call come from tables that are libraries of their own (kernels.cpp).
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <memory>
 #include <new>
 
+#include "attention_op.h"
+#include "attention_quantized_op.h"
 #include "kernels.h"
+#include "linear_op.h"
 #include "operators.h"
+#include "quantized_op.h"
+#include "tables.h"
 
 namespace graphopt {
 
@@ -31,18 +37,11 @@ void* scratch(Scratch use, size_t bytes) {
 
 namespace {
 
-std::string isa() { return kernels().isa; }
-std::string isas() { return runnable_isas(); }
-
-// Process wide; for tests and measurements, not while operators run.
-void set_isa(std::string name) {
-  TORCH_CHECK(select_isa(name.c_str()), "set_isa: '", name, "' is not one of: ", runnable_isas());
-}
-
 TORCH_LIBRARY(graphopt_cpp, m) {
+  m.def("add_table(str path) -> ()", add_table);
   m.def("isa() -> str", isa);
-  m.def("isas() -> str", isas);
   m.def("set_isa(str name) -> ()", set_isa);
+  m.def("may_use_tiles() -> bool", may_use_tiles);
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // graphopt_cpp::attention_quantized as a torch operator: its arguments are those of graphopt::attention_quantized.
+#pragma once
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -7,7 +9,7 @@
 #include "attention_run.h"
 
 namespace graphopt {
-namespace {
+namespace quantized_cache {
 
 // Keys that share their parameters, as in graphopt/quantization/cache_operations.py.
 constexpr int64_t group = 32;
@@ -114,5 +116,5 @@ TORCH_LIBRARY_IMPL(graphopt_cpp, CPU, m) { m.impl("attention_quantized", attenti
 
 TORCH_LIBRARY_IMPL(graphopt_cpp, Meta, m) { m.impl("attention_quantized", attention_quantized_meta); }
 
-}  // namespace
+}  // namespace quantized_cache
 }  // namespace graphopt

@@ -1,4 +1,6 @@
 // graphopt_cpp::attention as a torch operator.
+#pragma once
+
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>

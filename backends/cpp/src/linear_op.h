@@ -1,4 +1,6 @@
 // graphopt_cpp::linear and graphopt_cpp::parallel_linear as torch operators.
+#pragma once
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>

@@ -1,4 +1,6 @@
 // graphopt_cpp::quantized_linear, parallel_quantized_linear and quantized_embedding as torch operators.
+#pragma once
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
