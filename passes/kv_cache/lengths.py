@@ -27,9 +27,7 @@ def length_node(rewrite: edit.Rewrite, size: shapes.Size) -> fx.Node | int | Non
     return _build(rewrite, shapes.expression(size), known)
 
 
-def _build(
-    rewrite: edit.Rewrite, expression: sympy.Expr, known: dict[sympy.Expr, fx.Node]
-) -> fx.Node | int | None:
+def _build(rewrite: edit.Rewrite, expression: sympy.Expr, known: dict[sympy.Expr, fx.Node]) -> fx.Node | int | None:
     if isinstance(expression, sympy.Integer):
         return int(expression)
     if expression in known:

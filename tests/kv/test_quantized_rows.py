@@ -85,7 +85,7 @@ def test_recent_rows_are_exact(length: int) -> None:
     packed = layout.packed_rows(length)
     assert packed % layout.GROUP == 0 and length - packed <= layout.TAIL
     assert length - packed >= min(length, layout.RECENT)
-    assert torch.equal(cache_of(given, "int4", True).dequantize()[:, :, packed:], given[:, :, packed:])
+    assert torch.equal(cache_of(given, "int4", True).plain()[:, :, packed:], given[:, :, packed:])
 
 
 @KINDS
@@ -108,8 +108,8 @@ def test_grown_cache_reads_as_one_quantised_at_once(
         assert [(part.shape, part.stride()) for part in made] == [(part.shape, part.stride()) for part in meant]
         cache = append(cache, given[:, :, done : done + count], kind, keys)
     if counts:
-        assert torch.equal(cache.dequantize(), cache_of(given, kind, keys).dequantize())
-        assert torch.equal(cache.dequantize(), torch.ops.graphopt.kv_quantize(given, kind, keys))
+        assert torch.equal(cache.plain(), cache_of(given, kind, keys).plain())
+        assert torch.equal(cache.plain(), torch.ops.graphopt.kv_quantize(given, kind, keys))
 
 
 @KINDS
@@ -118,28 +118,28 @@ def test_grown_cache_reads_as_one_quantised_at_once(
 def test_cropped_cache_reads_as_before_and_grows(kind: str, keys: bool, length: int) -> None:
     given = rows(160)
     cache = cache_of(given, kind, keys)
-    kept = cache.dequantize()
+    kept = cache.plain()
     cropped = cache[..., :length, :]
-    assert isinstance(cropped, QuantizedCache) and torch.equal(cropped.dequantize(), kept[:, :, :length])
+    assert isinstance(cropped, QuantizedCache) and torch.equal(cropped.plain(), kept[:, :, :length])
     new = rows(1)
     grown = append(cropped, new, kind, keys)
-    assert torch.equal(grown.dequantize()[:, :, :length], kept[:, :, :length])
-    assert torch.equal(grown.dequantize()[:, :, length:], new)
-    assert torch.equal(cache.dequantize(), kept)
+    assert torch.equal(grown.plain()[:, :, :length], kept[:, :, :length])
+    assert torch.equal(grown.plain()[:, :, length:], new)
+    assert torch.equal(cache.plain(), kept)
 
 
 def test_forks_share_codes_and_stay_apart() -> None:
     cache = cache_of(rows(200), "int8", True)
-    kept, twins = cache.dequantize(), []
+    kept, twins = cache.plain(), []
     for _ in range(2):
         new, twin = rows(60), cache
         for index in range(60):
             twin = append(twin, new[:, :, index : index + 1], "int8", True)
         twins.append((twin, torch.cat([kept, new], 2)))
-    assert torch.equal(cache.dequantize(), kept)
+    assert torch.equal(cache.plain(), kept)
     for twin, expected in twins:
-        assert torch.equal(twin.dequantize()[:, :, :160], expected[:, :, :160])
-        torch.testing.assert_close(twin.dequantize(), expected, rtol=0.02, atol=0.5)
+        assert torch.equal(twin.plain()[:, :, :160], expected[:, :, :160])
+        torch.testing.assert_close(twin.plain(), expected, rtol=0.02, atol=0.5)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_forks_share_codes_and_stay_apart() -> None:
 def test_what_caches_do_keeps_them_quantised(change: Callable[[Tensor], Tensor]) -> None:
     cache = cache_of(rows(130), "int4", False)
     changed = change(cache)
-    assert isinstance(changed, QuantizedCache) and torch.equal(changed.dequantize(), change(cache.dequantize()))
+    assert isinstance(changed, QuantizedCache) and torch.equal(changed.plain(), change(cache.plain()))
     new = rows(1, batch=changed.shape[0])
-    assert torch.equal(append(changed, new, "int4", False).dequantize()[:, :, 130:], new)
+    assert torch.equal(append(changed, new, "int4", False).plain()[:, :, 130:], new)
 
 
 def test_other_operations_see_a_plain_tensor() -> None:
     cache = cache_of(rows(100), "int8", True)
-    plain = cache.dequantize()
+    plain = cache.plain()
     for operation in (
         lambda x: x * 2,
         lambda x: x[0],
@@ -183,7 +183,7 @@ def test_saved_as_a_plain_tensor() -> None:
     torch.save({"keys": cache}, file)
     file.seek(0)
     loaded = torch.load(file)["keys"]
-    assert type(loaded) is Tensor and torch.equal(loaded, cache.dequantize())
+    assert type(loaded) is Tensor and torch.equal(loaded, cache.plain())
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_saved_as_a_plain_tensor() -> None:
     [
         lambda cache: cache.zero_(),
         lambda cache: cache.__setitem__(0, 1.0),
-        lambda cache: torch.add(cache.dequantize(), 1, out=cache),
+        lambda cache: torch.add(cache.plain(), 1, out=cache),
         lambda cache: cache.data.mul_(2),
         lambda cache: cache.detach().copy_(cache),
     ],
@@ -199,7 +199,7 @@ def test_saved_as_a_plain_tensor() -> None:
 )
 def test_writes_are_refused(write: Callable[[Tensor], object]) -> None:
     cache = cache_of(rows(100), "int8", True)
-    with pytest.raises(TypeError, match="quantised KV cache.*dequantize"):
+    with pytest.raises(TypeError, match="quantised KV cache.*plain"):
         write(cache)
 
 
