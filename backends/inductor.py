@@ -18,6 +18,7 @@ from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
 from graphopt.lowering import Lowered, Lowering, choose, expand
 from graphopt.options import Options
 from graphopt.runtime import kv as kv  # what the cache operations do at call time
+from graphopt.runtime import kv_paged as kv_paged
 from graphopt.runtime import kv_quantized as kv_quantized
 from graphopt.runtime import prologue
 from graphopt.runtime.artifact import Artifact

@@ -164,6 +164,7 @@ _FREE = frozenset(
         "graphopt.input_scales.default",
         "graphopt.kv_reserve.default",
         "graphopt.kv_quantized_reserve.default",
+        "graphopt.kv_paged_reserve.default",
         "graphopt.kv_window.default",
         "graphopt.kv_allocate.default",
     }

@@ -104,7 +104,7 @@ def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -
     complete = {**capture.decompositions(), **table}
     for node in list(graph_module.graph.nodes):
         function = ops.meaning(node.target) or (node.target if node.target in table else None)
-        if function is None:
+        if function is None or not ops.is_traceable(node.target):
             continue
         with edit.rewriting(graph_module, node) as rewrite:
             new = rewrite.inline(function, *node.args, decompositions=complete, **node.kwargs)

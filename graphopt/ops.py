@@ -16,15 +16,17 @@ from graphopt.errors import KVCapacityError
 
 _library = torch.library.Library("graphopt", "DEF")
 _meanings: dict[torch._ops.OpOverload, Callable[..., object]] = {}
+_called_whole: set[torch._ops.OpOverload] = set()
 
 
 def operation(
-    schema: str, shape: Callable[..., object] | None = None, *, repeatable: bool = True
+    schema: str, shape: Callable[..., object] | None = None, *, repeatable: bool = True, traceable: bool = True
 ) -> Callable[[Callable[..., object]], torch._ops.OpOverload]:
     """Register a function as dialect operation `schema`; its body is used on real and on fake tensors.
 
     shape: what to run on fake tensors where the body is long; it must give the same shapes, dtypes and strides.
-    repeatable: whether two calls with equal arguments may be merged into one.
+    repeatable: whether two calls with equal arguments may be merged into one. traceable: False where the body looks at
+    values: compilers then call the operation as a whole.
     """
     tags = [torch.Tag.pt2_compliant_tag] + [torch.Tag.nondeterministic_seeded] * (not repeatable)
 
@@ -34,6 +36,8 @@ def operation(
         torch.library.register_fake(f"graphopt::{meaning.__name__}", shape or meaning, lib=_library)
         overload: torch._ops.OpOverload = getattr(torch.ops.graphopt, meaning.__name__).default
         _meanings[overload] = meaning
+        if not traceable:
+            _called_whole.add(overload)
         return overload
 
     return register
@@ -42,6 +46,11 @@ def operation(
 def meaning(op: object) -> Callable[..., object] | None:
     """The plain PyTorch function that defines `op`, or None when `op` is not of the dialect."""
     return _meanings.get(op) if isinstance(op, torch._ops.OpOverload) else None
+
+
+def is_traceable(op: object) -> bool:
+    """Whether the meaning of `op` may be traced on fake values and stand in a graph instead of it."""
+    return op not in _called_whole
 
 
 def operations() -> tuple[torch._ops.OpOverload, ...]:

@@ -19,6 +19,7 @@ from graphopt.quantize_options import Quantize
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TARGETS = ("auto", "cpu", "inductor", "triton", "reference")
+KV_CACHES = ("paged",)
 KV_DTYPES = ("int8", "fp8", "int4")
 VERIFY = ("off", "sample", "all")
 
@@ -34,6 +35,8 @@ class Options:
     prune_heads: which heads and channels may be left out although they are alive: a `graphopt.PruneHeads`; None: none.
     kv_capacity: rows that growing KV caches take memory for at once; one row more raises KVCapacityError. None lets
         them grow, by half of what they hold at most.
+    kv_cache: "paged" keeps growing KV caches in blocks that copies and continuations of one prompt share; None keeps
+        each in memory of its own.
     kv_dtype: keep growing KV caches as "int8", "fp8" (e4m3) or "int4" (lossy); None keeps the model's own dtype.
     passes: extra passes, each made with `@graph_pass`.
     disable: names of passes to leave out.
@@ -52,6 +55,7 @@ class Options:
     quantize: Quantize | str | None = None
     prune_heads: PruneHeads | None = None
     kv_capacity: int | None = None
+    kv_cache: str | None = None
     kv_dtype: str | None = None
     passes: tuple[Callable[..., int], ...] = ()
     disable: tuple[str, ...] = ()
@@ -82,6 +86,13 @@ class Options:
                 raise OptionError(
                     "option 'kv_capacity' does not go with 'kv_dtype': quantised caches grow as they fill"
                 )
+        if self.kv_cache is not None:
+            _one_of("kv_cache", self.kv_cache, KV_CACHES)
+            for name in ("kv_capacity", "kv_dtype"):
+                if getattr(self, name) is not None:
+                    raise OptionError(
+                        f"option {name!r} does not go with 'kv_cache': blocks are taken as needed, in the model's dtype"
+                    )
         if self.limit is not None:
             _integer("limit", self.limit, 0, None)
         object.__setattr__(self, "passes", _sequence("passes", self.passes))

@@ -18,6 +18,7 @@ from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.fix_capacity import fix_capacity
+from graphopt.passes.kv_cache.page_cache import page_cache
 from graphopt.passes.kv_cache.quantize_cache import quantize_cache
 from graphopt.passes.kv_cache.start_with_room import start_with_room
 from graphopt.passes.prune.prune_by_importance import prune_by_importance
@@ -88,6 +89,8 @@ def for_caches(options: Options) -> tuple[Callable[..., int], ...]:
     """The passes that the options for KV caches ask for."""
     if options.kv_dtype is not None:
         return (_bound(quantize_cache, kind=options.kv_dtype),)
+    if options.kv_cache is not None:
+        return (page_cache,)
     return () if options.kv_capacity is None else (_bound(fix_capacity, capacity=options.kv_capacity),)
 
 
