@@ -3,6 +3,7 @@
     1.0 // 0.1      eager 9 (the remainder is taken first), Inductor 10 (the quotient is rounded up to 10, then floored)
     inf // 2        eager nan, Inductor inf
     -1.0 % 0.1      eager 1.49e-8, Inductor 0
+    3e38 // 0.1     eager inf, Inductor nan (it takes a remainder that vectors have for smaller quotients only)
 
 The sources are eager's own: aten/src/ATen/native/BinaryOps.h (`div_floor_floating`) and cpu/BinaryOpsKernel.cpp.
 """
@@ -36,32 +37,37 @@ def _meaning(node: fx.Node) -> Callable[[Any, Any], Tensor] | None:
         return None
     if node.target is aten.div.Tensor_mode and node.kwargs.get("rounding_mode") == "floor":
         return _in_opmath(value.dtype, _floor_quotient)
-    if node.target in (aten.remainder.Tensor, aten.remainder.Scalar):
-        function = _in_opmath(value.dtype, _remainder)
-        dtype = value.dtype
-        # Unlike a quotient's, a plain number's digits beyond the tensor's type are lost.
-        return lambda a, b: function(a, b if isinstance(b, Tensor) else torch.tensor(b, dtype=dtype).item())
+    if node.target in (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor):
+        return _in_opmath(value.dtype, _remainder, rounds_numbers=True)
     return None
 
 
-def _in_opmath(dtype: torch.dtype, function: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """Two-byte numbers are computed with in float32, and rounded once."""
+def _in_opmath(
+    dtype: torch.dtype, function: Callable[[Any, Any], Tensor], rounds_numbers: bool = False
+) -> Callable[[Any, Any], Tensor]:
+    """Two-byte numbers are computed with in float32, and rounded once.
+
+    rounds_numbers: a plain number loses the digits that the tensor's type has not, as in a remainder, not in a quotient.
+    """
     wide = torch.float32 if dtype.itemsize < 4 else dtype
 
-    def call(a: Any, b: Any) -> Tensor:
-        given = [value.to(dtype).to(wide) if isinstance(value, Tensor) else value for value in (a, b)]
-        return function(*given).to(dtype)
+    def operand(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype).to(wide)
+        return torch.tensor(value, dtype=dtype).item() if rounds_numbers else value
 
-    return call
+    return lambda a, b: function(operand(a), operand(b)).to(dtype)
 
 
 def _floor_quotient(a: Any, b: Any) -> Tensor:
-    remainder = torch.fmod(a, b)
+    remainder, plain = torch.fmod(a, b), a / b
+    # Where the quotient of finite numbers overflows, vectors know no remainder; any is too small to matter.
+    overflown = plain.isinf() & torch.as_tensor(a).isfinite() & (b != 0)
+    remainder = torch.where(overflown & remainder.isnan(), 0.0, remainder)
     quotient = (a - remainder) / b
     quotient = torch.where((remainder != 0) & ((b < 0) != (remainder < 0)), quotient - 1, quotient)
     floor = torch.floor(quotient)
     floor = torch.where(quotient - floor > 0.5, floor + 1, floor)
-    plain = a / b
     floor = torch.where(quotient != 0, floor, torch.copysign(torch.zeros_like(plain), plain))
     return torch.where(torch.as_tensor(b != 0), floor, plain)
 

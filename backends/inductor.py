@@ -56,10 +56,12 @@ def _hold_layouts(graph_module: fx.GraphModule) -> None:
     the part has strides that eager's has not.
     """
     graph = graph_module.graph
-    shown = [node for node in graph.output_node().all_input_nodes if any(map(_is_partial, views.chain(node)))]
-    for whole in dict.fromkeys(map(views.root, shown)):
-        value = whole.meta["val"]
-        if whole.op == "placeholder" or not isinstance(value, torch.Tensor):
+    parts = {node: views.storage(node) for node in graph.output_node().all_input_nodes}
+    for whole in dict.fromkeys(
+        whole for node, whole in parts.items() if whole is not node and _is_partial(node, whole)
+    ):
+        value = whole.meta.get("val")
+        if whole.op != "call_function" or not isinstance(value, torch.Tensor):
             continue
         users = list(whole.users)
         with graph.inserting_before(whole.next):
@@ -79,8 +81,11 @@ def _stride(node: fx.Node, dimension: int) -> int | fx.Node:
     return symbolic
 
 
-def _is_partial(node: fx.Node) -> bool:
-    return views.is_view(node) and shapes.numel(node.meta["val"]) != shapes.numel(views.source(node).meta["val"])
+def _is_partial(node: fx.Node, whole: fx.Node) -> bool:
+    shown, memory = node.meta.get("val"), whole.meta.get("val")
+    if not isinstance(shown, torch.Tensor) or not isinstance(memory, torch.Tensor):
+        return False
+    return shapes.numel(shown) != shapes.numel(memory)
 
 
 def _config(options: Options) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Where Inductor's C++ differs from eager: arithmetic, casts, layouts, graphs it cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphopt import _compat, report
+
+VALUES = [0.0, -0.0, 1.0, -1.0, 0.1, -0.1, 3.5, -7.25, float("inf"), -float("inf"), float("nan")]
+EXTREMES = [1e-40, 3e38]  # where eager's remainder depends on whether an element falls into a vector or behind the last
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return torch.compile(function, backend="graphopt", options={"target": "cpu", **options}, dynamic=False)
+
+
+def every_pair(values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    a, b = torch.meshgrid(torch.tensor(values), torch.tensor(values), indexing="ij")
+    return a.flatten().to(dtype), b.flatten().to(dtype)
+
+
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda a, b: a // b,
+        lambda a, b: a // 0.1,
+        lambda a, b: 1.0 // b,
+        lambda a, b: torch.div(a, b, rounding_mode="floor"),
+    ),
+    ids=("a//b", "a//0.1", "1.0//b", "div"),
+)
+def test_floor_division(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    a, b = every_pair(VALUES + EXTREMES, dtype)
+    torch.testing.assert_close(compiled(function)(a, b), function(a, b), rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "function",
+    (lambda a, b: a % b, lambda a, b: a % 0.1, lambda a, b: 0.5 % b, lambda a, b: torch.remainder(a, -0.3)),
+    ids=("a%b", "a%0.1", "0.5%b", "remainder"),
+)
+def test_remainder(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    a, b = every_pair(VALUES, dtype)
+    torch.testing.assert_close(compiled(function)(a, b), function(a, b), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_cast_loses_its_bits() -> None:
+    x = torch.tensor([1.0 + 2**-12, 1e-9, 70000.0])
+    for narrow in (torch.bfloat16, torch.float16):
+        got = compiled(lambda x, narrow=narrow: x.to(narrow).float() * 3)(x)
+        torch.testing.assert_close(got, x.to(narrow).float() * 3, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda x: (x.t() * 2)[0],
+        lambda x: (x * 2).t()[1:],
+        lambda x: (x.t() * 2).unbind(0),
+        lambda x: (x * 2)[:, ::2],
+        lambda x: (x + 1).expand(3, *x.shape)[1],
+    ),
+)
+def test_strides_of_a_part(function: Callable[[Tensor], Any]) -> None:
+    x = torch.randn(4, 6)
+    got, expected = compiled(function)(x), function(x)
+    for one, other in zip(*(each if isinstance(each, tuple) else (each,) for each in (got, expected)), strict=True):
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("counts_padding", (False, True))
+def test_gradient_of_padded_average_pooling(counts_padding: bool) -> None:
+    def pooled(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, stride=2, padding=1, ceil_mode=True, count_include_pad=counts_padding).square().sum()
+
+    grads = []
+    for function in (pooled, compiled(pooled)):
+        x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        function(x).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_a_graph_it_cannot_compile_runs_by_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        from torch._inductor.exc import InductorError
+
+        raise InductorError(RuntimeError("no such loop"), "compile_fx_inner")
+
+    monkeypatch.setattr(_compat, "inductor_compile", fail)
+    x = torch.randn(3, 5)
+    with report.collecting() as collected:
+        got = compiled(lambda x: x.sin() + 3)(x)
+    assert torch.equal(got, x.sin() + 3)
+    assert "no such loop" in str([graph.fallbacks for graph in collected.graphs])
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="LoweringError.*" + "no such loop"):
+        compiled(lambda x: x.sin() + 3, strict=True)(x)
