@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphopt import views
+from graphopt import ops, views
+from graphopt.passes.recognize.recognize_attention import FUSED
 
 aten = torch.ops.aten
 
@@ -18,7 +19,19 @@ _ON_THE_WAY = (
     aten.mul.Tensor,
     aten.index.Tensor,
 )
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.matmul.default)
+_READERS = (
+    ops.attention,
+    *FUSED,
+    aten.scaled_dot_product_attention.default,
+    ops.linear,
+    ops.parallel_linear,
+    aten.linear.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.matmul.default,
+)
 
 
 def is_attended(node: fx.Node) -> bool:
@@ -26,7 +39,7 @@ def is_attended(node: fx.Node) -> bool:
     seen, waiting = {node}, [node]
     while waiting:
         for user in waiting.pop().users:
-            if user.target in _PRODUCTS or "attention" in str(user.target) or "linear" in str(user.target):
+            if user.target in _READERS:
                 return True
             if user.target in _ON_THE_WAY and user not in seen:
                 seen.add(user)
