@@ -115,24 +115,35 @@ def device(name: str) -> Device:
 
 @functools.cache
 def measured_cpu() -> Device:
-    """This machine: bandwidth of a large sum, peak of a matrix product; the best of a few runs, once a process."""
+    """This machine, measured once a process in some tenths of a second."""
+    peaks = {dtype: product_rate(dtype, 768, 0.05) for dtype in (torch.float32, torch.bfloat16)}
+    return Device("cpu", read_bandwidth(1 << 27, 0.1), peaks, launch=1e-6)
+
+
+def read_bandwidth(size: int, seconds: float) -> float:
+    """Bytes a second: the best of a few ways to read `size` bytes with all threads, tried for about `seconds`."""
     with _compat.real_execution():
-        large = torch.ones(1 << 25)
-        square = torch.ones(768, 768)
-        bandwidth = large.numel() * 4 / _best(lambda: large.sum(), 8)
-        peaks = {}
-        for operand in (square, square.bfloat16()):
-            peaks[operand.dtype] = 2 * 768**3 / _best(functools.partial(torch.mm, operand, operand), 8)
-    return Device("cpu", bandwidth, peaks, launch=1e-6)
+        buffer = torch.ones(size // 4)
+        readers: list[Callable[[], object]] = [buffer.sum, buffer.max, lambda: torch.dot(buffer, buffer)]
+        return size / min(_shortest(reader, seconds / len(readers)) for reader in readers)
 
 
-def _best(run: Callable[[], object], times: int) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
+def product_rate(dtype: torch.dtype, side: int, seconds: float) -> float:
+    """Operations a second of a square matrix product with `side` rows, tried for about `seconds`."""
+    with _compat.real_execution():
+        square = torch.ones(side, side, dtype=dtype)
+        return 2 * side**3 / _shortest(lambda: square @ square, seconds)
+
+
+def _shortest(run: Callable[[], object], seconds: float) -> float:
+    """The shortest of the calls that fit in `seconds` (three at least)."""
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        started = time.perf_counter()
         run()
-        seconds.append(time.perf_counter() - start)
-    return max(min(seconds), 1e-9)
+        times.append(time.perf_counter() - started)
+    return max(min(times), 1e-9)
 
 
 def value_bytes(value: Any) -> sympy.Expr:
