@@ -62,11 +62,12 @@ def _generate(model: Any, generates: bool, length: int) -> list[tuple[str, Compi
     """The generated program of each graph. The graphs themselves run by their meaning, so that the model goes on."""
     import torch
 
-    from graphopt import backend, pipeline
+    from graphopt import _compat, backend, pipeline
     from graphopt.backends import reference
     from graphopt.backends.triton.compile import compile_graph
     from graphopt.capture import GraphInfo, capture
     from graphopt.options import Options
+    from graphopt.runtime import cache
 
     options = Options(target="triton")
     found: list[CompiledGraph] = []
@@ -82,7 +83,8 @@ def _generate(model: Any, generates: bool, length: int) -> list[tuple[str, Compi
     compiled: Any = torch.compile(model, backend=backend_of_command)
     ids = torch.arange(length)[None] % model.config.vocab_size
     titles = []
-    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
+    caches = _compat.compile_caches(str(cache.cache_dir("inductor")), "kernels", read=False)
+    with torch.no_grad(), caches:
         if not generates:
             compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
             titles = ["encode"] * len(found)
