@@ -47,7 +47,7 @@ def _in_opmath(
 ) -> Callable[[Any, Any], Tensor]:
     """Two-byte numbers are computed with in float32, and rounded once.
 
-    rounds_numbers: a plain number loses the digits that the tensor's type has not, as in a remainder, not in a quotient.
+    rounds_numbers: a plain number loses the digits that the tensor's type has not (in a remainder, not in a quotient).
     """
     wide = torch.float32 if dtype.itemsize < 4 else dtype
 

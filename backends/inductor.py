@@ -85,7 +85,7 @@ def _is_partial(node: fx.Node, whole: fx.Node) -> bool:
     shown, memory = node.meta.get("val"), whole.meta.get("val")
     if not isinstance(shown, torch.Tensor) or not isinstance(memory, torch.Tensor):
         return False
-    return shapes.numel(shown) != shapes.numel(memory)
+    return bool(shapes.numel(shown) != shapes.numel(memory))
 
 
 def _config(options: Options) -> dict[str, Any]:
