@@ -14,15 +14,18 @@ from graphopt import ops, shapes
 from graphopt.backends.cpp import operands
 from graphopt.lowering import Lowering, arguments, same_arguments
 from graphopt.quantization.cache_operations import attention_quantized
+from graphopt.runtime.kv_paged import attention_paged
 
 
 def lowerings() -> tuple[Lowering, ...]:
-    """Lowering of the dialect's attention; the library must be loaded."""
+    """Lowerings of the dialect's attentions; the library must be loaded."""
     kernel = torch.ops.graphopt_cpp.attention.default
     quantized = torch.ops.graphopt_cpp.attention_quantized.default
+    paged = torch.ops.graphopt_cpp.attention_paged.default
     return (
         Lowering("cpp.attention", ops.attention, _attention, same_arguments(kernel)),
-        Lowering("cpp.attention_quantized", attention_quantized, _quantized, same_arguments(quantized)),
+        Lowering("cpp.attention_quantized", attention_quantized, _with_tails, same_arguments(quantized)),
+        Lowering("cpp.attention_paged", attention_paged, _with_tails, same_arguments(paged)),
     )
 
 
@@ -50,7 +53,7 @@ def _attention(node: fx.Node) -> str | None:
     return unsupported_reason(q, k, v, None if mask is None else mask.meta["val"])
 
 
-def _quantized(node: fx.Node) -> str | None:
+def _with_tails(node: fx.Node) -> str | None:
     given = arguments(node)
     q, k, v = (given[name].meta["val"] for name in ("q", "k_tail", "v_tail"))
     mask = given["mask"]

@@ -75,6 +75,7 @@ def test_with_kernels_each_dialect_operation_has_one() -> None:
         "cpp.quantized_embedding",
         "cpp.attention",
         "cpp.attention_quantized",
+        "cpp.attention_paged",
     }
 
 

@@ -60,6 +60,7 @@ struct Attention {
   const AttentionTask& task;
   const int64_t group, rows, dim, dim_v;  // dims rounded up to whole steps
   float *q, *scores, *mask, *acc, *maximum, *total;
+  int64_t column = 0;  // of the block of scores: where the keys of score_block and value_block begin
 
   static int64_t part_floats(const AttentionTask& t) {
     return t.heads / t.kv_heads * t.queries * (round_up(t.dim_v, S::step) + 2);
@@ -100,7 +101,7 @@ struct Attention {
         dot_block<Exact<S>, keys, columns, false>(k, task.k_stride[2], at, dim, task.dim, ahead, sums);
       for (int c = 0; c < columns; ++c, ++row) {
         F4 four = sum4(sums[0][c], sums[1 % keys][c], sums[2 % keys][c], sums[3 % keys][c]);
-        for (int r = 0; r < keys; ++r) scores[row * key_block + i + r] = four[r];
+        for (int r = 0; r < keys; ++r) scores[row * key_block + column + i + r] = four[r];
       }
     };
     while (rows - row >= columns_at_once) pass.template operator()<columns_at_once>();
@@ -190,7 +191,7 @@ struct Attention {
       }
 #pragma GCC unroll 4
       for (int r = 0; r < many; ++r) {
-        const F weight = splat(scores[(row + r) * key_block + i]);
+        const F weight = splat(scores[(row + r) * key_block + column + i]);
 #pragma GCC unroll 4
         for (int c = 0; c < 2 * steps; ++c) sums[r][c] += weight * values[c / 2].v[c % 2];
       }

@@ -8,6 +8,7 @@ using namespace graphopt;
 
 #include "amx.h"
 #include "attention.h"
+#include "attention_paged.h"
 #include "attention_quantized.h"
 #include "dequantize.h"
 #include "linear.h"
@@ -61,6 +62,11 @@ int64_t quantized_floats(const AttentionTask& task) { return QuantizedAttention<
 void attention_quantized(Dtype tail, const AttentionTask& task, const QuantizedRows& k, const QuantizedRows& v,
                          const AttentionPiece& piece, float* scratch, float* block) {
   with_storage(tail, [&]<class S>(S) { QuantizedAttention<S>(task, k, v, block).run(piece, scratch); });
+}
+
+void attention_paged(Dtype dtype, const AttentionTask& task, const PagedRows& k, const PagedRows& v, const AttentionPiece& piece,
+                     float* scratch) {
+  with_storage(dtype, [&]<class S>(S) { PagedAttention<S>(task, k, v).run(piece, scratch); });
 }
 
 // Whether weight rows are made bf16 before they meet these rows of x.
@@ -138,6 +144,7 @@ constexpr Kernels table = {
     .attention_merge = attention_merge,
     .quantized_floats = quantized_floats,
     .attention_quantized = attention_quantized,
+    .attention_paged = attention_paged,
 };
 
 }  // namespace

@@ -62,6 +62,15 @@ struct QuantizedRows {
   int64_t code_stride[3], param_stride[3];
 };
 
+// Rows of a KV cache in blocks [heads, block_rows, size], one of keys or of values: block i lies i * block_elements behind
+// `first`; the table [batch, blocks] says which blocks. Rows from `sealed` on are those of the task.
+struct PagedRows {
+  const void* first;
+  const int64_t* table;
+  int64_t table_stride;  // from one sequence of the batch to the next
+  int64_t sealed, block_rows, block_elements;
+};
+
 // The kinds of codes of packed weights (graphopt/quantization/schemes.py has the layouts).
 enum class Codes : int { int8 = 0, fp8 = 1, int4 = 2, nf4 = 3, mxfp4 = 4 };
 
@@ -109,6 +118,8 @@ struct Kernels {
   int64_t (*quantized_floats)(const AttentionTask&);
   void (*attention_quantized)(Dtype tail, const AttentionTask&, const QuantizedRows& k, const QuantizedRows& v, const AttentionPiece&,
                               float* scratch, float* block);
+  // The same over keys and values in blocks.
+  void (*attention_paged)(Dtype, const AttentionTask&, const PagedRows& k, const PagedRows& v, const AttentionPiece&, float* scratch);
 };
 
 // The table in use: the best this machine runs, or the one named by set_isa.

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "attention_op.h"
+#include "attention_paged_op.h"
 #include "attention_quantized_op.h"
 #include "kernels.h"
 #include "linear_op.h"
