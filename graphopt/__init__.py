@@ -6,8 +6,10 @@ from graphopt.errors import GraphoptError, OptionError
 from graphopt.explanation import explain
 from graphopt.options import Options
 from graphopt.pipeline import graph_pass
-from graphopt.prune_options import PruneHeads
+from graphopt.prune_options import PruneHeads, PruneLayers, Sparsify
+from graphopt.pruning.export import export_pruned
 from graphopt.pruning.importance import Importance, head_importance
+from graphopt.pruning.layers import LayerImportance, layer_importance
 from graphopt.quantization.calibration import Calibration, calibrate
 from graphopt.quantization.checkpoint import load_checkpoint
 from graphopt.quantization.gguf_file import load_gguf
@@ -21,17 +23,22 @@ __all__ = [
     "Calibration",
     "GraphoptError",
     "Importance",
+    "LayerImportance",
     "OptionError",
     "Options",
     "Plan",
     "PruneHeads",
+    "PruneLayers",
     "Quantize",
     "Report",
+    "Sparsify",
     "calibrate",
     "counters",
     "explain",
+    "export_pruned",
     "graph_pass",
     "head_importance",
+    "layer_importance",
     "load_checkpoint",
     "load_gguf",
     "load_quantized",

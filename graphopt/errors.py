@@ -37,6 +37,10 @@ class StalePruningError(GraphoptError):
     """A compiled graph leaves out a head or channel that has come alive; the call is run again without pruning."""
 
 
+class ExportError(GraphoptError, ValueError):
+    """A pruned model cannot be written in the form that its architecture's configuration has."""
+
+
 class WeightsReleasedError(GraphoptError):
     """A full-precision weight was used after it had been released on the user's request."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graphopt.errors import OptionError
-from graphopt.prune_options import PruneHeads
+from graphopt.prune_options import PruneHeads, Pruning, parse_prune
 from graphopt.quantize_options import Quantize
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -33,6 +33,8 @@ class Options:
         "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
     quantize: how weights are quantised: a scheme's name ("int8", "int4", ...) or a `graphopt.Quantize`; None does not.
     prune_heads: which heads and channels may be left out although they are alive: a `graphopt.PruneHeads`; None: none.
+    prune: what else may be left out: "2:4" or a `graphopt.Sparsify` (two of each four weights), a
+        `graphopt.PruneLayers` (whole layers), or a tuple of one of each; None: nothing.
     kv_capacity: rows that growing KV caches take memory for at once; one row more raises KVCapacityError. None lets
         them grow, by half of what they hold at most.
     kv_cache: "paged" keeps growing KV caches in blocks that copies and continuations of one prompt share; None keeps
@@ -54,6 +56,7 @@ class Options:
     target: str = "auto"
     quantize: Quantize | str | None = None
     prune_heads: PruneHeads | None = None
+    prune: str | Pruning | tuple[Pruning, ...] | None = None
     kv_capacity: int | None = None
     kv_cache: str | None = None
     kv_dtype: str | None = None
@@ -72,6 +75,7 @@ class Options:
         _one_of("verify", self.verify, VERIFY)
         object.__setattr__(self, "quantize", Quantize.parse(self.quantize))
         PruneHeads.parse(self.prune_heads)
+        object.__setattr__(self, "prune", parse_prune(self.prune))
         if self.cost_model is not None and not callable(self.cost_model):
             raise OptionError(
                 f"option 'cost_model' must be a function from a region to a graphopt.cost.Cost, got {self.cost_model!r}"

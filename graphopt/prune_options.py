@@ -1,8 +1,9 @@
-"""What a user may ask of lossy pruning: the frozen dataclass `graphopt.PruneHeads`, validated before any work."""
+"""What a user may ask of lossy pruning: frozen dataclasses (`graphopt.PruneHeads`, ...), validated before any work."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from graphopt.errors import OptionError
@@ -57,6 +58,87 @@ class PruneHeads:
         raise OptionError(
             f"option 'prune_heads' must be a graphopt.PruneHeads or None, got {given!r} ({type(given).__name__})"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsify:
+    """Weights of linears with two zeros in each four neighbours of a row. The answers change.
+
+    pattern: "2:4", what GPUs have kernels for. choice: which two become zero: "magnitude" (the smaller ones) or "wanda"
+        (the smaller products of magnitude and norm of the input channel, by `calibration=graphopt.calibrate(...)`).
+    modules: regular expression; only weights whose dotted name ("model.layers.0.mlp.up_proj.weight") it finds. skip:
+        regular expression; weights whose name it finds stay as they are.
+    """
+
+    pattern: str = "2:4"
+    choice: str = "magnitude"
+    calibration: Calibrated | None = None
+    modules: str | None = None
+    skip: str | None = "lm_head|embed"
+
+    def __post_init__(self) -> None:
+        if self.pattern != "2:4":
+            raise OptionError(f"Sparsify(pattern={self.pattern!r}): allowed is '2:4'")
+        if self.choice not in ("magnitude", "wanda"):
+            raise OptionError(f"Sparsify(choice={self.choice!r}): allowed are 'magnitude', 'wanda'")
+        if (self.choice == "wanda") != isinstance(self.calibration, Calibrated):
+            raise OptionError(
+                "Sparsify(choice='wanda', calibration=graphopt.calibrate(model, inputs)) takes both or neither;"
+                f" got choice={self.choice!r}, calibration={self.calibration!r}"
+            )
+        for name in ("modules", "skip"):
+            given = getattr(self, name)
+            try:
+                re.compile(given or "")
+            except (re.error, TypeError) as error:
+                raise OptionError(f"Sparsify({name}={given!r}) is no regular expression: {error}") from None
+
+    def why_not(self, name: str) -> str:
+        """Why the user leaves the weight of this name as it is, or ""."""
+        if self.modules is not None and not re.search(self.modules, name):
+            return f"modules={self.modules!r} does not find it"
+        return f"skip={self.skip!r} finds it" if self.skip and re.search(self.skip, name) else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneLayers:
+    """Which layers the compiled program leaves out as a whole. The answers change.
+
+    keep: the share of the layers that stay, between 0 and 1; those go without which the answer changes least, by
+        `calibration=graphopt.layer_importance(model, inputs)`. drop: instead, the dotted names of layers
+        ("model.layers.3").
+    """
+
+    keep: float | None = None
+    calibration: Calibrated | None = None
+    drop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.drop, tuple) or not all(isinstance(name, str) for name in self.drop):
+            raise OptionError(f"PruneLayers(drop={self.drop!r}) must be a tuple of names of layers (str)")
+        if (self.keep is None) != bool(self.drop):
+            raise OptionError(
+                f"PruneLayers(...) takes keep with a calibration, or drop; got keep={self.keep!r}, drop={self.drop!r}"
+            )
+        if self.keep is not None and not (_is_number(self.keep) and 0 < self.keep <= 1):
+            raise OptionError(f"PruneLayers(keep={self.keep!r}) must be a number greater than 0, at most 1")
+        if (self.keep is not None) != isinstance(self.calibration, Calibrated):
+            raise OptionError("PruneLayers(keep=...) needs calibration=graphopt.layer_importance(model, inputs)")
+
+
+Pruning = Sparsify | PruneLayers
+
+
+def parse_prune(given: object) -> tuple[Pruning, ...]:
+    """What the option `prune` asks for: "2:4", a `Sparsify`, a `PruneLayers`, several of them in a tuple, or None."""
+    parts = given if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    found = tuple(Sparsify() if part == "2:4" else part for part in parts)
+    if any(not isinstance(part, Pruning) for part in found) or len({type(part) for part in found}) != len(found):
+        raise OptionError(
+            "option 'prune' must be '2:4', a graphopt.Sparsify, a graphopt.PruneLayers, a tuple of one of each,"
+            f" or None, got {given!r} ({type(given).__name__})"
+        )
+    return found
 
 
 def _is_number(value: Any) -> bool:

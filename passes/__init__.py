@@ -21,9 +21,12 @@ from graphopt.passes.kv_cache.fix_capacity import fix_capacity
 from graphopt.passes.kv_cache.page_cache import page_cache
 from graphopt.passes.kv_cache.quantize_cache import quantize_cache
 from graphopt.passes.kv_cache.start_with_room import start_with_room
+from graphopt.passes.prune.drop_layers import drop_layers, names_of
 from graphopt.passes.prune.prune_by_importance import prune_by_importance
 from graphopt.passes.prune.prune_certified import prune_certified
 from graphopt.passes.prune.prune_dead import prune_dead
+from graphopt.passes.prune.prune_experts import prune_experts
+from graphopt.passes.prune.sparsify_linears import sparsify_linears
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_embeddings import quantize_embeddings
 from graphopt.passes.quantize.quantize_linears import quantize_linears
@@ -34,6 +37,7 @@ from graphopt.passes.recognize.recognize_rms_norm import recognize_rms_norm
 from graphopt.passes.recognize.recognize_rope import recognize_rope
 from graphopt.passes.recognize.slice_before_linear import slice_before_linear
 from graphopt.pipeline import describe
+from graphopt.prune_options import PruneLayers, Sparsify, parse_prune
 from graphopt.quantization import rounding
 from graphopt.quantization.calibration import Calibration
 from graphopt.quantize_options import Quantize
@@ -57,6 +61,7 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     append_in_place,
     # prune: what contributes nothing, while linears are still apart
     prune_dead,
+    prune_experts,
     # fuse: fewer bytes
     merge_parallel_linears,
 )
@@ -100,10 +105,18 @@ def lossy(options: Options) -> tuple[Callable[..., int], ...]:
 
 
 def _pruning(options: Options) -> tuple[Callable[..., int], ...]:
-    if options.prune_heads is None:
-        return ()
-    function = prune_by_importance if options.prune_heads.max_error is None else prune_certified
-    return (_bound(function, prune=options.prune_heads),)
+    found: list[Callable[..., int]] = []
+    if options.prune_heads is not None:
+        function = prune_by_importance if options.prune_heads.max_error is None else prune_certified
+        found.append(_bound(function, prune=options.prune_heads))
+    for asked in parse_prune(options.prune):
+        if isinstance(asked, PruneLayers):
+            found.append(_bound(drop_layers, names=names_of(asked)))
+        elif isinstance(asked, Sparsify):
+            if isinstance(asked.calibration, Calibration):
+                rounding.register(asked.calibration)
+            found.append(_bound(sparsify_linears, sparsify=asked))
+    return tuple(found)
 
 
 def _quantizing(options: Options) -> tuple[Callable[..., int], ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphopt import capture, ops, views
-from graphopt.pruning import bounds, channels, lines, liveness, region
+from graphopt.pruning import bounds, channels, evidence, lines, region
 
 aten = torch.ops.aten
 
@@ -30,10 +30,10 @@ def certified_block(part: region.Region, limit: float) -> tuple[bounds.Block, li
     if norm is None:
         return "no norm comes before the value projection, so that its input is not bounded"
     gain, shift, offset = norm
-    o, v = (liveness.stored(cast(fx.Node, made.args[1])) for made in (part.consumer, linear))
+    o, v = (evidence.stored(cast(fx.Node, made.args[1])) for made in (part.consumer, linear))
     bias = linear.args[2] if len(linear.args) > 2 else None
     others = [gain, shift, bias]
-    if o is None or v is None or any(other is not None and liveness.stored(other) is None for other in others):
+    if o is None or v is None or any(other is not None and evidence.stored(other) is None for other in others):
         return "one of its weights is computed in the graph"
     block = bounds.Block(
         heads=(),

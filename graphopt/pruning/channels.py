@@ -182,6 +182,12 @@ def _linear(node: fx.Node, dim: int) -> list[Edge] | None:
     return None if is_linear_output(node, dim) else [Edge(views.source(node), dim)]
 
 
+def _bmm(node: fx.Node, dim: int) -> list[Edge] | None:
+    """The matrices of a stack, if the model keeps one of the stacks: experts, each with a matrix of its own."""
+    stacks = cast(tuple[fx.Node, fx.Node], node.args)
+    return [Edge(stack, 0) for stack in stacks] if dim == 0 and any(map(views.is_constant_input, stacks)) else None
+
+
 def _rope(node: fx.Node, dim: int) -> list[Edge] | None:
     return None if dim == node.meta["val"].dim() - 1 else _by_broadcast(node, dim, operands(node))
 
@@ -207,6 +213,7 @@ _RULES: dict[Any, Callable[[fx.Node, int], list[Edge] | None]] = {
     aten.slice.Tensor: _slice,
     operator.getitem: _getitem,
     ops.linear: _linear,
+    aten.bmm.default: _bmm,
     ops.rope: _rope,
     ops.rms_norm: _rms_norm,
     ops.attention: _attention,

@@ -1,13 +1,13 @@
-"""Lines of weights: lists of row or column numbers as short text, and which lines of a weight are all zero.
+"""Lines of weights: lists of row or column numbers as short text, and which lines of a weight are zero or -inf.
 
-Whether a line is zero is a fact about a weight's present value: `prune_weight` looks again when the weight has changed.
+What a line holds is a fact about a weight's present value: `prune_weight` looks again when the weight has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -53,11 +53,35 @@ def zero_lines(weight: torch.Tensor, dim: int) -> tuple[int, ...]:
     return tuple(found[zero].tolist())
 
 
-def are_zero(weight: torch.Tensor, condition: str) -> bool:
-    """Whether the lines of a weight named by "dim lines" are zero."""
-    dim, _, which = condition.partition(" ")
-    index = torch.tensor(numbers(which), device=weight.device)
-    return not bool(weight.index_select(int(dim), index).any())
+def excluding_lines(weight: torch.Tensor, dim: int) -> tuple[int, ...]:
+    """The elements of a vector that are minus infinity; none of tensors of other shapes."""
+    if weight.dim() != 1 or dim != 0:
+        return ()
+    return tuple(torch.isneginf(weight.detach()).nonzero().flatten().tolist())
+
+
+LINES = {"zero": zero_lines, "minus_inf": excluding_lines}
+"""What lines of weights are looked for, and how."""
+
+_HOLDS: dict[str, Callable[[torch.Tensor], bool]] = {
+    "zero": lambda named: not bool(named.any()),
+    "minus_inf": lambda named: bool(torch.isneginf(named).all()),
+    "not_minus_inf": lambda named: not bool(torch.isneginf(named).any()),
+}
+
+
+def hold(weight: torch.Tensor, condition: str) -> bool:
+    """Whether the lines of a weight are as the condition says: "zero 1 0:64" names what they hold, dimension and lines.
+
+    They hold "zero", "minus_inf" or "not_minus_inf".
+    """
+    value, dim, which = condition.split(" ")
+    return _HOLDS[value](weight.index_select(int(dim), torch.tensor(numbers(which), device=weight.device)))
+
+
+def is_about_lines(condition: str) -> bool:
+    """Whether `hold` knows what the condition says."""
+    return condition.split(" ")[0] in _HOLDS
 
 
 def can_be_read(tensor: object) -> bool:
@@ -74,7 +98,7 @@ def can_be_read(tensor: object) -> bool:
 
 
 def digest(weights: Sequence[object]) -> str:
-    """Which lines of the weights are zero, as a short text; "" if none is.
+    """Which lines of the weights are zero or minus infinity, as a short text; "" if none is.
 
     Part of the key of compiled graphs: those for other weights with other dead rows are other graphs.
     """
@@ -82,6 +106,6 @@ def digest(weights: Sequence[object]) -> str:
     with _compat.without_modes(), torch.no_grad():
         for index, weight in enumerate(weights):
             if isinstance(weight, torch.Tensor) and can_be_read(weight):
-                zero = [zero_lines(weight, dim) for dim in range(weight.dim())]
-                found += [(index, zero)] if any(zero) else []
+                known = [find(weight, dim) for find in LINES.values() for dim in range(weight.dim())]
+                found += [(index, known)] if any(known) else []
     return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""

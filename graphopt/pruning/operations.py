@@ -20,9 +20,8 @@ def _pruned_shape(
     weight: Tensor, rows: str, columns: str, transposed: bool, facts: Sequence[Tensor], conditions: Sequence[str]
 ) -> Tensor:
     turned = weight.t() if transposed else weight
-    kept = (rows, columns)[: turned.dim()]
-    shape = [len(lines.numbers(part)) if part else size for part, size in zip(kept, turned.shape, strict=True)]
-    return weight.new_empty(shape)
+    kept = {dim: len(lines.numbers(part)) for dim, part in enumerate((rows, columns)) if part}
+    return weight.new_empty([kept.get(dim, size) for dim, size in enumerate(turned.shape)])
 
 
 @operation(
@@ -32,17 +31,18 @@ def _pruned_shape(
 def prune_weight(
     weight: Tensor, rows: str, columns: str, transposed: bool, facts: Sequence[Tensor], conditions: Sequence[str]
 ) -> Tensor:
-    """The given rows and columns of a weight [N, K] (or, transposed, of one kept as [K, N]; or a bias [N]).
+    """The given rows and columns of a weight [N, K] (or, transposed, of one kept as [K, N]; [N]; [E, ...]).
 
     rows, columns: as `lines.spell` writes them; "" keeps all. The result is dense. facts, conditions: weights, and what
-    must hold of each for the removal to be right: "zero 1 0:64" (its first 64 columns are zero), "bound ..." (what
-    `bounds.Block.spell` wrote; the other weights of the block follow, under "with").
+    must hold of each for the removal to be right: "zero 1 0:64" (its first 64 columns are zero), "minus_inf 0 3:4" (its
+    fourth element is minus infinity), "bound ..." (what `bounds.Block.spell` wrote; the other weights of the block
+    follow, under "with").
     Raises StalePruningError when a condition does not hold.
     """
     for number, condition in enumerate(conditions):
         kind, _, rest = condition.partition(" ")
-        if kind == "zero" and not lines.are_zero(facts[number], rest):
-            raise StalePruningError("a head or channel that was dead when the graph was compiled is alive again")
+        if lines.is_about_lines(condition) and not lines.hold(facts[number], condition):
+            raise StalePruningError("a head, channel or expert that was dead when this was compiled is alive again")
         if kind == "bound" and not bounds.Block.read(rest).holds(facts[number:]):
             raise StalePruningError("heads that could be left out within max_error no longer can")
     kept = weight.t() if transposed else weight

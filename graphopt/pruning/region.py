@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphopt import ops, views
-from graphopt.pruning import channels, liveness, operations
+from graphopt.pruning import channels, evidence, operations
 
 aten = torch.ops.aten
 
@@ -146,7 +146,7 @@ def _why_tied(linear: fx.Node) -> str:
         root = views.root(weight) if isinstance(weight, fx.Node) else None
         if root is None or root.target is operations.prune_weight:
             continue
-        if liveness.stored(cast(fx.Node, weight)) is None:
+        if evidence.stored(cast(fx.Node, weight)) is None:
             return f"the weight of {linear.name} is computed in the graph, given by the caller, or written"
         seen = [root, *(user for user in root.users if views.is_view(user))]
         uses = {user for node in seen for user in node.users if not views.is_view(user)}

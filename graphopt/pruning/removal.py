@@ -16,12 +16,14 @@ import torch
 from torch import fx
 
 from graphopt import _compat, edit, ops, views
-from graphopt.pruning import channels, heads, liveness, operations, region
+from graphopt.pruning import channels, heads, operations, region
+from graphopt.pruning.evidence import Evidence
+from graphopt.pruning.evidence import conditions as conditions_of
 from graphopt.pruning.lines import numbers, spell
 
 aten = torch.ops.aten
 
-Dead = Mapping[int, tuple[liveness.Evidence, ...]]
+Dead = Mapping[int, tuple[Evidence, ...]]
 """Channels to remove, each with what shows that it is dead (nothing, if the user gave it up)."""
 
 Conditions = Sequence[tuple[fx.Node, str]]
@@ -72,9 +74,9 @@ def remove(
     gone = set(range(count)).difference(kept)
     with edit.rewriting(graph_module, consumer) as rewrite:
         reduction = Reduction(rewrite, part)
-        evidence = [proof for channel in sorted(gone) for proof in dead.get(channel, ())]
+        proofs = [proof for channel in sorted(gone) for proof in dead.get(channel, ())]
         less = reduction.of(x, dim, tuple(kept))
-        rests_on = [*_joined(evidence), *conditions]
+        rests_on = [*conditions_of(proofs), *conditions]
         smaller = reduction.weight(weight, columns=kept, conditions=rests_on)
         rewrite.replace(consumer, rewrite.call(ops.linear, less, smaller, *bias))
     edit.erase_unused(consumer)
@@ -113,9 +115,10 @@ def _separate_parts(graph_module: fx.GraphModule, part: region.Region) -> int:
 class Reduction:
     """New nodes for the nodes of a region, of which only some channels are kept."""
 
-    def __init__(self, rewrite: edit.Rewrite, part: region.Region) -> None:
+    def __init__(self, rewrite: edit.Rewrite, part: region.Region, conditions: Conditions = ()) -> None:
         self.rewrite = rewrite
         self.part = part
+        self.conditions = conditions
         self.made: dict[tuple[fx.Node, int, tuple[int, ...]], fx.Node] = {}
 
     def of(self, node: fx.Node, dim: int, kept: tuple[int, ...]) -> fx.Node:
@@ -130,6 +133,8 @@ class Reduction:
     def _make(self, node: fx.Node, dim: int, kept: tuple[int, ...]) -> fx.Node:
         if node not in self.part.inside:
             return self._cut(node, dim, kept)
+        if node.op == "placeholder":
+            return cast(fx.Node, self.weight(node, rows=kept, conditions=self.conditions))
         if node.target is ops.linear and region.is_source(node, dim):
             x, *weights = cast(tuple[Any, ...], node.args)
             return self.rewrite.call(ops.linear, x, *(self.weight(weight, rows=kept) for weight in weights))
@@ -215,14 +220,6 @@ def _selected(before: str, kept: Sequence[int] | None) -> str:
     if kept is None:
         return before
     return spell([numbers(before)[index] for index in kept] if before else kept)
-
-
-def _joined(evidence: Sequence[liveness.Evidence]) -> list[tuple[fx.Node, str]]:
-    """The conditions of a removal, one for each weight and dimension."""
-    found: dict[tuple[fx.Node, int], set[int]] = {}
-    for proof in evidence:
-        found.setdefault((proof.weight, proof.dim), set()).add(proof.index)
-    return [(weight, f"zero {dim} {spell(sorted(known))}") for (weight, dim), known in found.items()]
 
 
 def _resized(node: fx.Node, args: Sequence[Any], dim: int, size: int) -> list[Any]:

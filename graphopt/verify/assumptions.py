@@ -1,7 +1,8 @@
-"""Inputs under which a rewrite claims to hold: a removal of dead heads holds for weights that are zero there."""
+"""Inputs under which a rewrite claims to hold: a removal holds for weights that are zero, or minus infinity, there."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,20 +14,23 @@ from graphopt.pruning import lines, operations
 _LARGEST = 8.0
 
 
-def stated(after: fx.GraphModule) -> list[tuple[fx.Node, int, list[int]]]:
-    """What the new nodes rest on: (placeholder, dim, indices) of elements that must be zero."""
+_VALUES = {"zero": 0.0, "minus_inf": -math.inf}
+
+
+def stated(after: fx.GraphModule) -> list[tuple[fx.Node, int, list[int], float]]:
+    """What the new nodes rest on: (placeholder, dim, indices, value) of elements that must have that value."""
     found = []
     for node in after.graph.nodes:
         if node.target is operations.prune_weight:
             for weight, spelled in zip(*node.args[4:6], strict=True):
                 kind, *rest = spelled.split(" ")
-                if kind == "zero":
-                    found.append((weight, int(rest[0]), lines.numbers(rest[1])))
+                if kind in _VALUES:
+                    found.append((weight, int(rest[0]), lines.numbers(rest[1]), _VALUES[kind]))
     return found
 
 
 def satisfied(after: fx.GraphModule, values: list[Any]) -> list[Any] | None:
-    """The values with zeros where the new nodes rest on zeros; None if some are not finite or large."""
+    """The values with what the new nodes rest on; None if some are not finite or large."""
     needed = stated(after)
     if not needed:
         return values
@@ -35,8 +39,8 @@ def satisfied(after: fx.GraphModule, values: list[Any]) -> list[Any] | None:
         return None
     placeholders = [node for node in after.graph.nodes if node.op == "placeholder"]
     changed = list(values)
-    for weight, dim, which in needed:
+    for weight, dim, which, value in needed:
         if weight in placeholders:
             position = placeholders.index(weight)
-            changed[position] = changed[position].clone().index_fill_(dim, torch.tensor(which), 0)
+            changed[position] = changed[position].clone().index_fill_(dim, torch.tensor(which), value)
     return changed

@@ -13,7 +13,7 @@ from torch import fx
 from graphopt import _compat, capture, edit, ops
 from graphopt.pipeline import graph_pass
 from graphopt.prune_options import PruneHeads
-from graphopt.pruning import lines, liveness, region, removal, selection
+from graphopt.pruning import evidence, lines, region, removal, selection
 from graphopt.quantization.names import weight_name
 
 MOST = PruneHeads(keep=0.9, choice="norm")
@@ -41,7 +41,7 @@ def _candidates(graph_module: fx.GraphModule, wants_heads: bool) -> list[tuple[f
     """The linears whose input is made of heads, or of FFN channels, each with its weight as it is."""
     found = []
     for node in graph_module.graph.nodes:
-        weight = liveness.stored(cast(fx.Node, node.args[1])) if node.target is ops.linear else None
+        weight = evidence.stored(cast(fx.Node, node.args[1])) if node.target is ops.linear else None
         part = region.explore(node) if weight is not None else ""
         if weight is None or isinstance(part, str) or (part.attention is not None) != wants_heads:
             continue

@@ -39,7 +39,16 @@ def test_a_nan_is_not_zero() -> None:
     weight = torch.zeros(3, 9)
     weight[1, 8] = torch.nan
     assert lines.zero_lines(weight, 0) == (0, 2)
-    assert lines.are_zero(weight, "0 0:1,2:3") and not lines.are_zero(weight, "0 0:2")
+    assert lines.hold(weight, "zero 0 0:1,2:3") and not lines.hold(weight, "zero 0 0:2")
+
+
+def test_minus_infinity_in_vectors() -> None:
+    bias = torch.tensor([0.0, -torch.inf, torch.inf, torch.nan, -torch.inf])
+    assert lines.excluding_lines(bias, 0) == (1, 4) and lines.excluding_lines(bias.expand(2, 5), 0) == ()
+    assert lines.hold(bias, "minus_inf 0 1:2,4:5") and not lines.hold(bias, "minus_inf 0 0:2")
+    assert lines.hold(bias, "not_minus_inf 0 0:1,2:4") and not lines.hold(bias, "not_minus_inf 0 0:2")
+    assert lines.digest([bias]) not in ("", lines.digest([bias.roll(1)]))
+    assert not lines.is_about_lines("with") and not lines.is_about_lines("bound {}")
 
 
 def test_digest_tells_which_lines_are_zero() -> None:
