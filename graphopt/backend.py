@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphopt import _compat, backends, passes, pipeline, report
@@ -15,8 +16,9 @@ from graphopt.capture import GraphInfo, capture
 from graphopt.errors import GraphoptError, LoweringError
 from graphopt.options import Options
 from graphopt.pruning import lines, revival
+from graphopt.quantization import cache_operations
 from graphopt.quantize_options import depends_on_values
-from graphopt.runtime import artifact, cache
+from graphopt.runtime import artifact, cache, pages
 from graphopt.verify import Checker
 from graphopt.watch import Watchers
 
@@ -33,9 +35,13 @@ def graphopt(
     in `graphopt.counters` and named in the report; under `strict=True` it raises instead.
     """
     chosen = Options.parse(mode, options)
+    cache_operations.check_devices(chosen.kv_dtype, inputs)
     target = backends.resolve(chosen.target, inputs)
     ordered = arranged(chosen, target)
-    key = _cache_key(chosen, backends.prepare(target), _dead_lines(graph_module, inputs, ordered))
+    weights = _weights(graph_module, inputs)
+    key = _cache_key(chosen, backends.prepare(target), _dead_lines(weights, ordered))
+    if target == "cpu":
+        pages.enlarge(weights)
 
     def compile_captured(captured: fx.GraphModule, fake_inputs: Sequence[Any], info: GraphInfo) -> Callable[..., Any]:
         with _compat.compile_caches(str(cache.cache_dir("inductor")), key):
@@ -122,11 +128,15 @@ def _cache_key(options: Options, prepared: str, dead: str) -> str:
     return f"{cache.source_digest()}|{options}|{prepared}|{dead}"
 
 
-def _dead_lines(graph_module: fx.GraphModule, inputs: Sequence[Any], arranged: Sequence[Callable[..., int]]) -> str:
+def _weights(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """The parameters and buffers among the inputs of a Dynamo graph."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    names = [_compat.dynamo_source(node) or "" for node in placeholders]
+    return [value for name, value in zip(names, inputs, strict=False) if "_parameters[" in name or "_buffers[" in name]
+
+
+def _dead_lines(weights: Sequence[torch.Tensor], arranged: Sequence[Callable[..., int]]) -> str:
     """Which rows and columns of the weights are zero, for the cache's key: graphs are pruned by them."""
     if not any(pipeline.describe(function).stage == "prune" for function in arranged):
         return ""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    names = [_compat.dynamo_source(node) or "" for node in placeholders]
-    held = [value for name, value in zip(names, inputs, strict=False) if "_parameters[" in name or "_buffers[" in name]
-    return lines.digest(held)
+    return lines.digest(weights)

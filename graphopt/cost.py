@@ -26,6 +26,7 @@ import graphopt.ops  # noqa: F401  (registers the dialect)
 from graphopt import _compat
 from graphopt.index_map import ALIASING_VIEWS, product, size_expression
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
+from graphopt.runtime import pages
 
 aten = torch.ops.aten
 _ZERO: sympy.Expr = sympy.Integer(0)
@@ -124,6 +125,7 @@ def read_bandwidth(size: int, seconds: float) -> float:
     """Bytes a second: the best of a few ways to read `size` bytes with all threads, tried for about `seconds`."""
     with _compat.real_execution():
         buffer = torch.ones(size // 4)
+        pages.enlarge([buffer])
         readers: list[Callable[[], object]] = [buffer.sum, buffer.max, lambda: torch.dot(buffer, buffer)]
         return size / min(_shortest(reader, seconds / len(readers)) for reader in readers)
 

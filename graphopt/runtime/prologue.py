@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from graphopt import edit
-from graphopt.runtime import packs
+from graphopt.runtime import packs, pages
 from graphopt.runtime.epilogue import Epilogue, sink
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -112,6 +113,7 @@ class Prologue:
             if number in packing:
                 fresh[number] = values[-1]
         if fresh:
+            pages.enlarge(tree_leaves(list(fresh.values())))
             self._kept["packs"] = packs.Snapshot(weights, self._kept.clear), fresh
         return values
 

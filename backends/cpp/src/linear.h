@@ -1,7 +1,8 @@
 // Small-batch linear: weight rows are streamed once, in the order they lie in memory, against rows of x kept in cache.
 //
-// A row-major [n, k] weight needs no packing for this: a dot product along k reads it contiguously. Four weight rows
-// go together so that their horizontal sums share shuffles and each load of x is used four times.
+// A row-major [n, k] weight needs no packing for this: a dot product along k reads it contiguously. For one row of x the
+// weight is read exactly as it lies, which the hardware's prefetcher follows best; for several, four weight rows go
+// together, so that each load of x is used four times. The horizontal sums of four rows share their shuffles.
 #pragma once
 
 #include "vec.h"
@@ -62,8 +63,7 @@ struct Ahead {
 template <class M, int rows, int columns, bool prefetch>
 INLINE void dot_block(const typename M::Storage::T* w, int64_t ldw, const typename M::X* x, int64_t ldx, int64_t k,
                       Ahead ahead, F (&out)[rows][columns]) {
-  constexpr int chains = columns == 1 ? M::halves : 1;  // enough independent sums to hide the latency of one
-  F acc[rows][columns][chains] = {};
+  F acc[rows][columns] = {};
   auto add = [&](const typename M::Pair (&weights)[rows], const typename M::X* at) INLINE_LAMBDA {
 #pragma GCC unroll 4
     for (int c = 0; c < columns; ++c) {
@@ -71,7 +71,7 @@ INLINE void dot_block(const typename M::Storage::T* w, int64_t ldw, const typena
 #pragma GCC unroll 2
       for (int h = 0; h < M::halves; ++h)
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) acc[r][c][h % chains] = M::mad(acc[r][c][h % chains], weights[r].v[h], row.v[h]);
+        for (int r = 0; r < rows; ++r) acc[r][c] = M::mad(acc[r][c], weights[r].v[h], row.v[h]);
     }
   };
   auto run = [&](int64_t from, int64_t to, int64_t distance) INLINE_LAMBDA {
@@ -97,10 +97,31 @@ INLINE void dot_block(const typename M::Storage::T* w, int64_t ldw, const typena
     add(weights, x + whole);
   }
   for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < columns; ++c) {
-      out[r][c] = acc[r][c][0];
-      if (chains == 2) out[r][c] += acc[r][c][chains - 1];
-    }
+    for (int c = 0; c < columns; ++c) out[r][c] = acc[r][c];
+}
+
+// The same for one row of x, a weight row after the other.
+template <class M, int rows>
+INLINE void dot_rows(const typename M::Storage::T* w, int64_t ldw, const typename M::X* x, int64_t k, F (&out)[rows][1]) {
+  constexpr int steps = 4 / M::halves;  // enough independent sums to hide the latency of one
+  const int64_t whole = k / M::step * M::step, most = k / (steps * M::step) * steps * M::step;
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r, w += ldw) {
+    F acc[steps][M::halves] = {};
+    auto add = [&](int s, typename M::Pair weights, int64_t i) INLINE_LAMBDA {
+      const typename M::Pair row = M::row(x + i);
+      for (int h = 0; h < M::halves; ++h) acc[s][h] = M::mad(acc[s][h], weights.v[h], row.v[h]);
+    };
+    int64_t i = 0;
+    for (; i < most; i += steps * M::step)
+#pragma GCC unroll 4
+      for (int s = 0; s < steps; ++s) add(s, M::weight(w + i + s * M::step), i + s * M::step);
+    for (; i < whole; i += M::step) add(0, M::weight(w + i), i);
+    if (i < k) add(0, M::weight_tail(w + i, k - i), i);
+    out[r][0] = F{};
+    for (int s = 0; s < steps; ++s)
+      for (int h = 0; h < M::halves; ++h) out[r][0] += acc[s][h];
+  }
 }
 
 template <class M, int rows, int columns, bool prefetch>
@@ -108,8 +129,11 @@ INLINE void linear_block(const LinearTask& task, const typename M::X* x, int64_t
   using S = typename M::Storage;
   using T = typename S::T;
   F sums[rows][columns];
-  dot_block<M, rows, columns, prefetch>(static_cast<const T*>(task.weight) + n * task.ldw, task.ldw, x + m * ldx, ldx,
-                                        task.k, ahead, sums);
+  const T* weight = static_cast<const T*>(task.weight) + n * task.ldw;
+  if constexpr (columns == 1)
+    dot_rows<M, rows>(weight, task.ldw, x + m * ldx, task.k, sums);
+  else
+    dot_block<M, rows, columns, prefetch>(weight, task.ldw, x + m * ldx, ldx, task.k, ahead, sums);
   const T* bias = task.bias ? static_cast<const T*>(task.bias) + n : nullptr;
   for (int c = 0; c < columns; ++c) {
     F4 four = sum4(sums[0][c], sums[1 % rows][c], sums[2 % rows][c], sums[3 % rows][c]);
