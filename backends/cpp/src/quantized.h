@@ -134,50 +134,59 @@ INLINE void quantized_block(const QuantizedTask& task, const M& reader, const Pa
     if constexpr (grouped) row_parameters<columns>(task, row, packed.runs, packed.scales + r * packed.runs, packed.sums + m * packed.runs, acc[r]);
   }
   const auto* x = packed.x + m * packed.ldx;
-  auto step = [&](const typename M::Raw (&raw)[rows], int64_t s) INLINE_LAMBDA {
-    Sum part[rows][columns] = {};
+  // One step of `count` rows from the first, whose codes are in raw.
+  auto step = [&]<int count>(int first, const typename M::Raw (&raw)[count], int64_t s) INLINE_LAMBDA {
+    Sum part[count][columns] = {};
     if constexpr (!grouped)
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c) part[r][c] = acc[r][c];
+      for (int r = 0; r < count; ++r)
+        for (int c = 0; c < columns; ++c) part[r][c] = acc[first + r][c];
 #pragma GCC unroll 8
     for (int i = 0; i < M::vectors; ++i) {
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < count; ++r) {
         const auto weight = reader.vector(raw[r], i);
 #pragma GCC unroll 4
         for (int c = 0; c < columns; ++c) part[r][c] = M::mad(part[r][c], weight, M::row(x + c * packed.ldx + s * M::elements, i));
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < count; ++r) {
 #pragma GCC unroll 4
       for (int c = 0; c < columns; ++c)
         if constexpr (grouped)
-          acc[r][c] += part[r][c] * M::spread(packed.scales + r * packed.runs + s * (M::elements / run));
+          acc[first + r][c] += part[r][c] * M::spread(packed.scales + (first + r) * packed.runs + s * (M::elements / run));
         else
-          acc[r][c] = part[r][c];
-    }
-  };
-  auto steps = [&](int64_t from, int64_t to, int64_t distance) INLINE_LAMBDA {
-    for (int64_t s = from; s < to; ++s) {
-      typename M::Raw raw[rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        const uint8_t* at = w[r] + s * M::bytes;
-        raw[r] = M::raw(at);
-        __builtin_prefetch(at + distance, 0, 3);
-      }
-      step(raw, s);
+          acc[first + r][c] = part[r][c];
     }
   };
   const int64_t whole = task.row_bytes / M::bytes, split = smaller(ahead.split / M::bytes, whole);
-  steps(0, split, ahead.before);
-  steps(split, whole, ahead.after);
-  if (const int64_t left = task.row_bytes - whole * M::bytes) {
-    uint8_t buffer[rows][64];
-    typename M::Raw raw[rows];
-    for (int r = 0; r < rows; ++r) raw[r] = M::raw(padded(w[r] + whole * M::bytes, left, buffer[r]));
-    step(raw, whole);
+  auto steps = [&]<int count>(int first) INLINE_LAMBDA {
+    auto run = [&](int64_t from, int64_t to, [[maybe_unused]] int64_t distance) INLINE_LAMBDA {
+      for (int64_t s = from; s < to; ++s) {
+        typename M::Raw raw[count];
+#pragma GCC unroll 4
+        for (int r = 0; r < count; ++r) {
+          const uint8_t* at = w[first + r] + s * M::bytes;
+          raw[r] = M::raw(at);
+          if constexpr (count > 1) __builtin_prefetch(at + distance, 0, 3);
+        }
+        step.template operator()<count>(first, raw, s);
+      }
+    };
+    run(0, split, ahead.before);
+    run(split, whole, ahead.after);
+    if (const int64_t left = task.row_bytes - whole * M::bytes) {
+      uint8_t buffer[count][64];
+      typename M::Raw raw[count];
+      for (int r = 0; r < count; ++r) raw[r] = M::raw(padded(w[first + r] + whole * M::bytes, left, buffer[r]));
+      step.template operator()<count>(first, raw, whole);
+    }
+  };
+  if constexpr (columns == 1) {  // the codes are read exactly as they lie, see linear.h
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) steps.template operator()<1>(r);
+  } else {
+    steps.template operator()<rows>(0);
   }
   float* totals = packed.totals + m * outputs_at_once + place;
   if constexpr (sizeof(typename M::X) == 1)
@@ -380,10 +389,8 @@ INLINE void with_reader([[maybe_unused]] Dtype x, bool dynamic, Codes kind, [[ma
 #endif
 #if defined(__AVX512BF16__)
   if (!dynamic && x == Dtype::bf16 && m >= dense_from) return f.template operator()<Dense>();
-  if (dynamic || (x == Dtype::bf16 && m > 1)) {
-    if (kind == Codes::int8) return f.template operator()<BytePairs<Int8>>();
-    if (kind == Codes::fp8) return f.template operator()<BytePairs<E4m3>>();
-  }
+  if (x == Dtype::bf16 && kind == Codes::int8) return f.template operator()<BytePairs>();
+  if ((dynamic || (x == Dtype::bf16 && m > 1)) && kind == Codes::fp8) return f.template operator()<Fp8Pairs>();
   if (x == Dtype::bf16 && (kind == Codes::int4 || kind == Codes::mxfp4)) return f.template operator()<NibblePairs>();
 #endif
   if (kind == Codes::int8) return f.template operator()<ByteReader<Int8>>();
