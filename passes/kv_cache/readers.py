@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
-from graphopt import ops, views
+from graphopt import ops, shapes, views
 from graphopt.passes.recognize.recognize_attention import FUSED
 
 aten = torch.ops.aten
@@ -36,12 +38,32 @@ _READERS = (
 
 def is_attended(node: fx.Node) -> bool:
     """Whether attention, or a matrix product as attention is written with, reads the node's elements."""
+    return next(_readers(node), None) is not None
+
+
+def is_cross_attended(new: fx.Node) -> bool:
+    """Whether the rows [B, H, S, D] that a graph starts a cache with are attended to by other rows than their own.
+
+    In self-attention each row that is new to the cache brings a query (or several, with heads folded into the rows).
+    """
+    length = shapes.expression(new.meta["val"].shape[2])
+    for reader, operand in _readers(new):
+        first = reader.args[0]
+        if isinstance(first, fx.Node) and first is not operand:
+            ratio = shapes.expression(first.meta["val"].shape[-2]) / length
+            if not ratio.is_Integer:
+                return True
+    return False
+
+
+def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Each attention or product that reads the node's elements, and the argument that brings them there."""
     seen, waiting = {node}, [node]
     while waiting:
-        for user in waiting.pop().users:
+        carrier = waiting.pop()
+        for user in carrier.users:
             if user.target in _READERS:
-                return True
+                yield user, carrier
             if user.target in _ON_THE_WAY and user not in seen:
                 seen.add(user)
                 waiting.append(user)
-    return False

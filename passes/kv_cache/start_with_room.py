@@ -17,7 +17,7 @@ from torch import fx
 
 from graphopt import edit, ops, views
 from graphopt.passes.kv_cache.lengths import length_node
-from graphopt.passes.kv_cache.readers import is_attended
+from graphopt.passes.kv_cache.readers import is_attended, is_cross_attended
 from graphopt.passes.kv_cache.room import move_into
 from graphopt.pipeline import graph_pass
 
@@ -29,8 +29,12 @@ def start_with_room(graph_module: fx.GraphModule) -> int:
     """Give caches that a graph starts, and returns, room to grow."""
     count = 0
     for node in dict.fromkeys(map(views.root, graph_module.graph.output_node().all_input_nodes)):
-        if _is_new_cache(node):
-            count += _rewrite(graph_module, node)
+        if not _is_new_cache(node):
+            continue
+        if is_cross_attended(node):
+            edit.refuse(node, "cross-attention reads it: such a cache does not grow")
+            continue
+        count += _rewrite(graph_module, node)
     return count
 
 
