@@ -39,10 +39,10 @@ def held_bytes(caches: Iterable[DynamicCache]) -> int:
     return sum(storages.values())
 
 
-FEW = (scenarios.greedy, scenarios.beams, scenarios.repeated_and_selected)
+FEW = (scenarios.greedy, scenarios.repeated_and_selected)
 
 
-@pytest.mark.parametrize("target", ["cpu", "inductor"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "scenario",
     [pytest.param(one, id=one.__name__, marks=() if one in FEW else pytest.mark.slow) for one in scenarios.SCENARIOS],
@@ -76,6 +76,7 @@ def test_continuations_of_one_prompt_hold_it_once() -> None:
     assert held < 0.2 * exact
 
 
+@pytest.mark.slow
 def test_several_sequences_of_one_prompt_hold_it_once() -> None:
     """`num_return_sequences` prefills the prompt once for each sequence: equal blocks are found."""
     model = compiled(scenarios.tiny_llama())
@@ -94,6 +95,7 @@ def test_several_sequences_of_one_prompt_hold_it_once() -> None:
     assert held_bytes([output.past_key_values]) < 0.3 * exact
 
 
+@pytest.mark.slow
 def test_threads_continue_one_cache() -> None:
     model = compiled(scenarios.tiny_llama())
     token, cache = scenarios.step(model, scenarios.prompt(40), DynamicCache(config=model.config))
