@@ -16,12 +16,14 @@ A row is code * scale + offset. int8 codes are two's complement within [-127, 12
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from graphopt import ops
+from graphopt.errors import OptionError
 from graphopt.ops import operation
 
 GROUP = 32
@@ -51,6 +53,20 @@ def unsupported_reason(rows: Tensor, kind: str) -> str:
     if not isinstance(rows.shape[3], int) or (kind == "int4" and rows.shape[3] % 2):
         return f"heads of {rows.shape[3]} numbers cannot be packed in pairs"
     return ""
+
+
+def check_devices(kind: str | None, inputs: Sequence[object]) -> None:
+    """Raise OptionError if caches of this kind cannot live on the devices of these inputs (None: any can)."""
+    for device in {value.device for value in inputs if isinstance(value, Tensor)} if kind == "fp8" else ():
+        if device.type != "cuda" or torch.version.hip is not None:
+            continue
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            found = ".".join(map(str, capability))
+            raise OptionError(
+                f"option 'kv_dtype' got 'fp8', which needs compute capability 8.9; {device} has {found}: use 'int8' or"
+                " 'int4'"
+            )
 
 
 def quantize_rows(rows: Tensor, kind: str, keys: bool) -> tuple[Tensor, Tensor]:
