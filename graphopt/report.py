@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,8 +116,16 @@ def collector() -> Report | None:
     return _collector.get()
 
 
+# What runs because an option asks for it by name: who asks must hear where it was not done.
+_ASKED_FOR = {"quantize_cache": "kv_dtype", "page_cache": "kv_cache"}
+
+
 def add(graph: GraphReport) -> None:
-    """Count a compiled graph and hand it to the collecting report, if any."""
+    """Count a compiled graph and hand it to the collecting report, if any. Warns of KV caches that stay as they are."""
+    for entry in graph.passes:
+        if entry.name in _ASKED_FOR and entry.refusals:
+            reasons = "; ".join(dict.fromkeys(refusal.reason for refusal in entry.refusals))
+            warnings.warn(f"option {_ASKED_FOR[entry.name]!r}: KV caches stay as they are: {reasons}", stacklevel=2)
     counters["graphs"] += 1
     counters["rewrites"] += graph.rewrites
     counters["passes_undone"] += sum(bool(report.error) for report in graph.passes)
