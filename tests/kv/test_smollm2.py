@@ -14,7 +14,8 @@ from graphopt import counters
 from tests.kv import scenarios
 from tests.suite.test_real_models import _smollm2
 
-pytestmark = pytest.mark.slow
+# Minutes for each scenario: 512 steps twice, and beams three times as wide.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 TOKENS = 512
 TEXT = (
