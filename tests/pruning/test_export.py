@@ -14,19 +14,23 @@ from graphopt import PruneHeads, export_pruned
 from graphopt.errors import ExportError, OptionError
 from tests.passes.test_prune_experts import Biased
 from tests.suite import door
-from tests.suite.architectures import BY_NAME
+from tests.suite.architectures import BY_NAME, DECODER
 
-LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3", "granite", "gemma2")
+LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2")
 SIZE = 16
 
 
 def tiny(name: str) -> Any:
     torch.manual_seed(0)
-    model = BY_NAME[name].build().eval().requires_grad_(False)
+    model = (_gemma() if name == "gemma" else BY_NAME[name].build()).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.normal_(0.5, 0.2)
     return model
+
+
+def _gemma() -> nn.Module:
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER))
 
 
 def kill(
@@ -43,7 +47,7 @@ def kill(
 
 def logits(model: Any, name: str, rows: int = 2) -> torch.Tensor:
     torch.manual_seed(1)
-    result = model(**BY_NAME[name].inputs(rows))
+    result = model(**BY_NAME["llama" if name == "gemma" else name].inputs(rows))
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
