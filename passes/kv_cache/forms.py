@@ -25,6 +25,7 @@ from torch import Tensor, fx
 
 from graphopt import edit, ops, views
 from graphopt.lowering import arguments
+from graphopt.passes.kv_cache.room import is_in_room, room_of, writer_of
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ def rewrite_caches(graph_module: fx.GraphModule, form: Form) -> int:
             edit.refuse(node, "no attention that graphopt recognises reads it: it stays a plain tensor")
         if node.target is not ops.attention:
             continue
-        if not all(map(_is_cache, node.args[1:3])):
+        if not all(map(is_in_room, node.args[1:3])):
             if any(map(_is_fixed_cache, node.args[1:3])):
                 edit.refuse(
                     node, f"its cache has a fixed size: {form.option} is for growing caches, such as DynamicCache"
@@ -67,8 +68,8 @@ def rewrite_caches(graph_module: fx.GraphModule, form: Form) -> int:
         if reason:
             edit.refuse(node, reason)
             continue
-        started = _room(k).target is ops.kv_allocate
-        replaced = (node, *(part for cache in (k, v) for part in (_writer(cache), cache, _room(cache))))
+        started = room_of(k).target is ops.kv_allocate
+        replaced = (node, *(part for cache in (k, v) for part in (writer_of(cache), cache, room_of(cache))))
         with edit.rewriting(graph_module, node) as rewrite:
             read = (_start if started else _continue)(rewrite, node, k, v, form)
             rewrite.replace(node, read)
@@ -80,15 +81,8 @@ def rewrite_caches(graph_module: fx.GraphModule, form: Form) -> int:
     return count
 
 
-def _is_cache(node: Any) -> bool:
-    """Whether the node is reserved room with new rows written behind the old ones, as `append_in_place` leaves it."""
-    if not isinstance(node, fx.Node) or node.target is not aten.slice_scatter.default:
-        return False
-    return _room(node).target in (ops.kv_reserve, ops.kv_allocate)
-
-
 def _is_attended(room: fx.Node) -> bool:
-    caches = [user for user in room.users if _is_cache(user)]
+    caches = [user for user in room.users if is_in_room(user)]
     return any(user.target is ops.attention for cache in caches for user in cache.users)
 
 
@@ -101,33 +95,22 @@ def _is_fixed_cache(node: Any) -> bool:
     return isinstance(past, fx.Node) and past.meta.get("role") == "input"
 
 
-def _room(cache: fx.Node) -> fx.Node:
-    room = cache.args[0]
-    assert isinstance(room, fx.Node)
-    return room
-
-
 def _why_not(attention: fx.Node, k: fx.Node, v: fx.Node, form: Form) -> str:
-    if k is v or _room(k).target is not _room(v).target:
+    if k is v or room_of(k).target is not room_of(v).target:
         return "its keys and values are not caches of their own"
     for cache in (k, v):
-        room = _room(cache)
+        room = room_of(cache)
         if cache.args[2] != 2:
             return "the cache grows along another dimension than the length of [batch, heads, length, size]"
         reason = form.unsupported_reason(cache.meta["val"])
         if reason:
             return reason
-        if set(room.users) != {cache, _writer(cache)}:
+        if set(room.users) != {cache, writer_of(cache)}:
             return "a window of the cache is returned: a sliding-window cache is short already"
-        others = [user for user in cache.users if user not in (attention, _writer(cache)) and user.op != "output"]
+        others = [user for user in cache.users if user not in (attention, writer_of(cache)) and user.op != "output"]
         if others:
             return f"the cache is also read by {others[0].target}"
     return ""
-
-
-def _writer(cache: fx.Node) -> fx.Node:
-    """The node that copies the cache into its room."""
-    return next(user for user in cache.users if user.target is aten.copy_.default and user.args[0] is cache.args[0])
 
 
 def _start(rewrite: edit.Rewrite, attention: fx.Node, k: fx.Node, v: fx.Node, form: Form) -> fx.Node:
@@ -143,7 +126,7 @@ def _continue(rewrite: edit.Rewrite, attention: fx.Node, k: fx.Node, v: fx.Node,
     """The attention of a graph that was given the caches."""
     parts: list[fx.Node] = []
     for cache, keys in ((k, True), (v, False)):
-        past, count, *_ = _room(cache).args
+        past, count, *_ = room_of(cache).args
         made = rewrite.call(form.reserve, past, count, *form.how_part(keys))
         stored, numbers, tail = (rewrite.call(operator.getitem, made, index) for index in range(3))
         end = rewrite.call(operator.add, count, form.tail) if isinstance(count, fx.Node) else count + form.tail  # type: ignore[operator]

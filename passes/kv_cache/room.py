@@ -46,3 +46,22 @@ def _returned_windows(graph_module: fx.GraphModule, node: fx.Node, dim: int) -> 
         and len(user.args) < 5
         and list(user.users) == [output]
     ]
+
+
+def is_in_room(node: Any) -> bool:
+    """Whether the node is reserved room with new rows written behind the old ones, as `move_into` leaves it."""
+    if not isinstance(node, fx.Node) or node.target is not aten.slice_scatter.default:
+        return False
+    return room_of(node).target in (ops.kv_reserve, ops.kv_allocate)
+
+
+def room_of(cache: fx.Node) -> fx.Node:
+    """The reserved room that the cache lies in."""
+    room = cache.args[0]
+    assert isinstance(room, fx.Node)
+    return room
+
+
+def writer_of(cache: fx.Node) -> fx.Node:
+    """The node that copies the cache into its room."""
+    return next(user for user in cache.users if user.target is aten.copy_.default and user.args[0] is cache.args[0])
