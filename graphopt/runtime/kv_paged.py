@@ -157,9 +157,9 @@ class Pages:
         memory = self.pool.memory
         return memory[0] if memory.shape[0] else memory.new_empty(memory.shape[1:])
 
-    def nbytes(self) -> int:
-        """Bytes of memory: the pool, with all that other caches share in it, the table and the tail."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.pool.memory, self.table, self.tail))
+    def memory(self) -> tuple[Tensor, ...]:
+        """The pool, with all that other caches have in it, the table and the tail."""
+        return self.pool.memory, self.table, self.tail
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Pages:
         """The cache whose sequences are picked by `function`, which works along the first dimension."""

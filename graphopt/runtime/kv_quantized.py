@@ -41,9 +41,9 @@ class Part:
         """All rows [B, H, length, D]."""
         return layout.whole(self.codes, self.params, self.tail, self.length, self.kind, self.keys)
 
-    def nbytes(self) -> int:
-        """Bytes of memory that the part holds, room for growth included."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.codes, self.params, self.tail))
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that the part lies in."""
+        return self.codes, self.params, self.tail
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Part:
         """The part whose three tensors are `function` of this one's: for what happens along batch or heads."""

@@ -9,7 +9,7 @@ graph is the same whatever form the caches have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -33,8 +33,8 @@ class Part(Protocol):
         """All rows [B, H, length, D], a plain tensor."""
         ...
 
-    def nbytes(self) -> int:
-        """Bytes of memory that the part holds, room for growth included."""
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that the part lies in, room for growth included."""
         ...
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -112,7 +112,17 @@ class CacheTensor(Tensor):
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of memory that the cache holds, room for growth included."""
-        return self.part.nbytes()
+        return held_bytes([self])
+
+
+def held_bytes(caches: Iterable[Tensor]) -> int:
+    """Bytes of memory behind caches, plain or not, room for growth included; what several of them share counts once."""
+    found = {}
+    for cache in caches:
+        for tensor in cache.part.memory() if isinstance(cache, CacheTensor) else (cache,):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 def _readers_of(*attributes: str) -> frozenset[Any]:

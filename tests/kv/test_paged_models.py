@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from graphopt import counters
-from graphopt.runtime.kv_paged import PagedCache
+from graphopt.runtime.kv_tensor import held_bytes
 from tests.kv import scenarios
 
 
@@ -24,19 +24,8 @@ def compiled(model: Any, target: str = "cpu", **options: Any) -> Any:
     return model
 
 
-def held_bytes(caches: Iterable[DynamicCache]) -> int:
-    """Bytes of memory of all tensors that the caches are made of, each counted once."""
-    storages = {}
-    for layer in (layer for cache in caches for layer in cache.layers):
-        for tensor in (layer.keys, layer.values):
-            parts = (
-                (tensor.part.pool.memory, tensor.part.table, tensor.part.tail)
-                if isinstance(tensor, PagedCache)
-                else (tensor,)
-            )
-            for part in parts:
-                storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    return sum(storages.values())
+def tensors(*caches: DynamicCache) -> list[Tensor]:
+    return [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 FEW = (scenarios.greedy, scenarios.repeated_and_selected)
@@ -68,7 +57,7 @@ def test_continuations_of_one_prompt_hold_it_once() -> None:
             for number, twin in enumerate(caches)
         ]
         gc.collect()
-        return tokens, held_bytes(caches)
+        return tokens, held_bytes(tensors(*caches))
 
     expected, exact = continued(scenarios.tiny_llama())
     tokens, held = continued(compiled(scenarios.tiny_llama()))
@@ -92,7 +81,7 @@ def test_several_sequences_of_one_prompt_hold_it_once() -> None:
     exact = 8 * 207 * 2 * 2 * 16 * 4  # sequences, rows, keys and values, heads, head size, bytes
     gc.collect()
     assert output.past_key_values.layers[0].keys.shape[:3] == (8, 2, 207)
-    assert held_bytes([output.past_key_values]) < 0.3 * exact
+    assert held_bytes(tensors(output.past_key_values)) < 0.3 * exact
 
 
 @pytest.mark.slow
