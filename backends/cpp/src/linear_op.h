@@ -37,21 +37,23 @@ LinearTask task_of(const Tensor& weight, const MaybeTensor& bias, const Tensor& 
           weight.stride(0), n};
 }
 
-// Up to max_decode_rows rows: one parallel region, each thread an equal share of the bytes of weight.
+// Up to max_decode_rows rows: one parallel region over all weights.
 void run_decode(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
   const Kernels& table = kernels();
   const Dtype dtype = *dtype_of(x.scalar_type());
   const Tensor rows = rows_of(x, m);
-  const int64_t k = rows.size(1), ldx = rows.stride(0), unit_bytes = row_unit * k * int64_t(rows.element_size());
+  const int64_t k = rows.size(1), ldx = rows.stride(0), unit_bytes = std::max<int64_t>(1, row_unit * k * int64_t(rows.element_size()));
   const void* data = rows.const_data_ptr();
   const size_t bytes = table.packed_bytes(dtype, m, k);
-  for_rows_of_all(tasks, row_unit, std::max<int64_t>(1, bytes_worth_threads / unit_bytes),
-                  [&](const LinearTask& task, int64_t from, int64_t to) {
-                    // Packed by each thread for itself: cheaper than fetching it from another core's cache.
-                    const PackedRows packed{scratch(Scratch::per_thread, bytes), m, k};
-                    table.pack_rows(dtype, data, ldx, packed);
-                    table.linear_rows(dtype, task, packed, from, to);
-                  });
+  // Packed by each thread for itself: cheaper than fetching it from another core's cache.
+  auto pack = [&] {
+    const PackedRows packed{scratch(Scratch::per_thread, bytes), m, k};
+    table.pack_rows(dtype, data, ldx, packed);
+    return packed;
+  };
+  for_rows_of_all(tasks, row_unit, unit_bytes, pack, [&](const PackedRows& packed, const LinearTask& task, int64_t from, int64_t to) {
+    table.linear_rows(dtype, task, packed, from, to);
+  });
 }
 
 // Rows of x packed at a time: as many as stay in a core's cache while a thread's share of the weight passes by.
@@ -76,7 +78,8 @@ void run_prefill(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
     const auto* data = static_cast<const uint16_t*>(rows.const_data_ptr()) + done * ldx;
     at::parallel_for(0, (packed.m + row_unit - 1) / row_unit, std::max<int64_t>(1, bytes_worth_threads / (2 * row_unit * k)),
                      [&](int64_t begin, int64_t end) { table.pack_panel(data, ldx, packed, begin * row_unit, end * row_unit); });
-    for_rows_of_all(tasks, panel_unit, 1, [&](LinearTask task, int64_t from, int64_t to) {
+    auto ready = [&] { return packed; };
+    for_rows_of_all(tasks, panel_unit, bytes_worth_threads, ready, [&](const PackedRows& packed, LinearTask task, int64_t from, int64_t to) {
       task.out = static_cast<uint16_t*>(task.out) + done * task.ldo;
       table.linear_panel(task, packed, from, to);
     });

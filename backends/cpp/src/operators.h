@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 
 #include "kernels.h"
@@ -34,6 +36,8 @@ void* scratch(Scratch use, size_t bytes);
 inline constexpr int64_t row_unit = 16;
 // Below this many bytes of weight a second thread costs more than it brings.
 inline constexpr int64_t bytes_worth_threads = 48 << 10;
+// Bytes of weight that a thread takes at a time: a few microseconds of reading.
+inline constexpr int64_t bytes_at_a_time = 32 << 10;
 
 inline std::vector<int64_t> out_sizes(const at::Tensor& x, int64_t n) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -49,19 +53,30 @@ inline at::Tensor rows_of(const at::Tensor& x, int64_t m) {
   return rows.stride(1) == 1 || k == 1 ? rows : rows.contiguous();
 }
 
-// Shares the rows (task.n) of all weights, in units of so many, among threads: f(task, first row, row after the last).
-template <class Task, class Call>
-void for_rows_of_all(at::ArrayRef<Task> tasks, int64_t unit, int64_t grain, const Call& f) {
+// Shares the rows (task.n) of all weights, in units of so many rows and bytes, among threads. Each calls begin() once and
+// then f(begun, task, first row, row after the last) for one piece after the other, taking the next when it is done: a
+// thread that wakes late or runs on a busy core does less, and none waits long for another.
+template <class Task, class Begin, class Call>
+void for_rows_of_all(at::ArrayRef<Task> tasks, int64_t unit, int64_t unit_bytes, const Begin& begin, const Call& f) {
   auto units_of = [unit](const Task& task) { return (task.n + unit - 1) / unit; };
   int64_t units = 0;
   for (const Task& task : tasks) units += units_of(task);
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // the unit at which the task begins
-    for (const Task& task : tasks) {
-      const int64_t last = first + units_of(task);
-      const int64_t from = (std::max(begin, first) - first) * unit, to = std::min((std::min(end, last) - first) * unit, task.n);
-      if (from < to) f(task, from, to);
-      first = last;
+  const int64_t threads = std::clamp<int64_t>(units * unit_bytes / bytes_worth_threads, 1, at::get_num_threads());
+  const int64_t piece = threads == 1 ? units : std::max<int64_t>(1, bytes_at_a_time / unit_bytes);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    int64_t from = next.fetch_add(piece, std::memory_order_relaxed);
+    if (from >= units) return;
+    const auto begun = begin();
+    for (; from < units; from = next.fetch_add(piece, std::memory_order_relaxed)) {
+      const int64_t to = std::min(from + piece, units);
+      int64_t first = 0;  // the unit at which the task begins
+      for (const Task& task : tasks) {
+        const int64_t last = first + units_of(task);
+        const int64_t low = (std::max(from, first) - first) * unit, high = std::min((std::min(to, last) - first) * unit, task.n);
+        if (low < high) f(begun, task, low, high);
+        first = last;
+      }
     }
   });
 }

@@ -100,10 +100,14 @@ void run_decode(const Tensor& rows, const Tasks& tasks) {
   const int64_t m = rows.size(0), ldx = rows.stride(0);
   const void* data = rows.const_data_ptr();
   const size_t bytes = table.quantized_bytes(dtype, like, m);
-  for_rows_of_all<QuantizedTask>(tasks, row_unit, std::max<int64_t>(1, bytes_worth_threads / (row_unit * like.row_bytes)),
-                                 [&](const QuantizedTask& task, int64_t from, int64_t to) {
-                                   const PackedRows packed{scratch(Scratch::per_thread, bytes), m, task.k};
-                                   table.quantized_pack(dtype, task, data, ldx, packed);
+  auto pack = [&] {
+    const PackedRows packed{scratch(Scratch::per_thread, bytes), m, like.k};
+    table.quantized_pack(dtype, like, data, ldx, packed);
+    return packed;
+  };
+  const int64_t unit_bytes = std::max<int64_t>(1, row_unit * like.row_bytes);
+  for_rows_of_all<QuantizedTask>(tasks, row_unit, unit_bytes, pack,
+                                 [&](const PackedRows& packed, const QuantizedTask& task, int64_t from, int64_t to) {
                                    table.quantized_rows(dtype, task, packed, from, to);
                                  });
 }
