@@ -160,7 +160,8 @@ class Reduction:
             return self.rewrite.call(aten.slice.Tensor, node, dim, kept[0], kept[-1] + 1)
         with _compat.without_modes():
             index = torch.tensor(kept, device=node.meta["val"].device)
-        return self.rewrite.call(aten.index_select.default, node, dim, self.rewrite.constant(index))
+        # Not index_select: Inductor knows that only as what it decomposes into this.
+        return self.rewrite.call(aten.index.Tensor, node, [*[None] * dim, self.rewrite.constant(index)])
 
     def _attention(self, node: fx.Node, kept: tuple[int, ...]) -> fx.Node:
         q, k, v, mask = (*cast(tuple[Any, ...], node.args), None)[:4]

@@ -83,6 +83,16 @@ class Loop(nn.Module):
         return torch.zeros_like(logits).scatter(-1, index, values / values.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("kind", ["stack", pytest.param("loop", marks=pytest.mark.slow)])
+def test_in_generated_code(kind: str) -> None:
+    """What stays is no run of neighbours; strict=True raises if the graph cannot be lowered."""
+    subject: Any = stack(1) if kind == "stack" else Loop(0, 1)
+    compiled = door.compiled(subject, target="cpu", strict=True)
+    with torch.no_grad():
+        for rows in (2, 3):
+            torch.testing.assert_close(compiled(x(rows)), subject(x(rows)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dead", [(1,), (0, 3)])
 def test_of_a_stack(dead: tuple[int, ...], dynamic: bool) -> None:
