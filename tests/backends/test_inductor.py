@@ -93,6 +93,16 @@ def test_gradient_of_padded_average_pooling(counts_padding: bool) -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
+def test_an_operator_that_lies_about_its_result_is_told() -> None:
+    with torch.library._scoped_library("graphopt_test", "DEF") as library:
+        library.define("lying(Tensor x) -> Tensor")
+        library.impl("lying", lambda x: x.t().contiguous().t(), "CPU")
+        library.impl("lying", lambda x: torch.empty_like(x), "Meta")
+        function = compiled(lambda x: torch.ops.graphopt_test.lying(x * 2) + 1)
+        with pytest.raises(AssertionError, match=r"wrong stride|expected size|stride"):
+            function(torch.randn(3, 5))
+
+
 def test_a_graph_it_cannot_compile_runs_by_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         from torch._inductor.exc import InductorError
