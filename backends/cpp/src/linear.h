@@ -1,7 +1,7 @@
 // Small-batch linear: weight rows are streamed once, in the order they lie in memory, against rows of x kept in cache.
 //
-// A row-major [n, k] weight needs no packing for this: a dot product along k reads it contiguously. For one row of x the
-// weight is read exactly as it lies, which the hardware's prefetcher follows best; for several, four weight rows go
+// A row-major [n, k] weight needs no packing for this: a dot product along k reads it contiguously. For up to four rows
+// of x the weight is read exactly as it lies, which the hardware's prefetcher follows best; for more, four weight rows go
 // together, so that each load of x is used four times. The horizontal sums of four rows share their shuffles.
 #pragma once
 
@@ -100,17 +100,21 @@ INLINE void dot_block(const typename M::Storage::T* w, int64_t ldw, const typena
     for (int c = 0; c < columns; ++c) out[r][c] = acc[r][c];
 }
 
-// The same for one row of x, a weight row after the other.
-template <class M, int rows>
-INLINE void dot_rows(const typename M::Storage::T* w, int64_t ldw, const typename M::X* x, int64_t k, F (&out)[rows][1]) {
-  constexpr int steps = 4 / M::halves;  // enough independent sums to hide the latency of one
+// The same, a weight row after the other.
+template <class M, int rows, int columns>
+INLINE void dot_rows(const typename M::Storage::T* w, int64_t ldw, const typename M::X* x, int64_t ldx, int64_t k, F (&out)[rows][columns]) {
+  // Enough independent sums to hide the latency of one.
+  constexpr int chains = M::halves * columns, steps = chains >= 4 ? 1 : 4 / chains;
   const int64_t whole = k / M::step * M::step, most = k / (steps * M::step) * steps * M::step;
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r, w += ldw) {
-    F acc[steps][M::halves] = {};
+    F acc[steps][M::halves][columns] = {};
     auto add = [&](int s, typename M::Pair weights, int64_t i) INLINE_LAMBDA {
-      const typename M::Pair row = M::row(x + i);
-      for (int h = 0; h < M::halves; ++h) acc[s][h] = M::mad(acc[s][h], weights.v[h], row.v[h]);
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c) {
+        const typename M::Pair row = M::row(x + c * ldx + i);
+        for (int h = 0; h < M::halves; ++h) acc[s][h][c] = M::mad(acc[s][h][c], weights.v[h], row.v[h]);
+      }
     };
     int64_t i = 0;
     for (; i < most; i += steps * M::step)
@@ -118,22 +122,27 @@ INLINE void dot_rows(const typename M::Storage::T* w, int64_t ldw, const typenam
       for (int s = 0; s < steps; ++s) add(s, M::weight(w + i + s * M::step), i + s * M::step);
     for (; i < whole; i += M::step) add(0, M::weight(w + i), i);
     if (i < k) add(0, M::weight_tail(w + i, k - i), i);
-    out[r][0] = F{};
-    for (int s = 0; s < steps; ++s)
-      for (int h = 0; h < M::halves; ++h) out[r][0] += acc[s][h];
+    for (int c = 0; c < columns; ++c) {
+      out[r][c] = F{};
+      for (int s = 0; s < steps; ++s)
+        for (int h = 0; h < M::halves; ++h) out[r][c] += acc[s][h][c];
+    }
   }
 }
 
-template <class M, int rows, int columns, bool prefetch>
+// What of a group of weight rows is read from memory, and how: nothing, in the order it lies, or all rows side by side.
+enum class Read { cached, in_order, side_by_side };
+
+template <class M, int rows, int columns, Read read>
 INLINE void linear_block(const LinearTask& task, const typename M::X* x, int64_t ldx, int64_t m, int64_t n, Ahead ahead) {
   using S = typename M::Storage;
   using T = typename S::T;
   F sums[rows][columns];
   const T* weight = static_cast<const T*>(task.weight) + n * task.ldw;
-  if constexpr (columns == 1)
-    dot_rows<M, rows>(weight, task.ldw, x + m * ldx, task.k, sums);
+  if constexpr (read == Read::in_order)
+    dot_rows<M, rows, columns>(weight, task.ldw, x + m * ldx, ldx, task.k, sums);
   else
-    dot_block<M, rows, columns, prefetch>(weight, task.ldw, x + m * ldx, ldx, task.k, ahead, sums);
+    dot_block<M, rows, columns, read == Read::side_by_side>(weight, task.ldw, x + m * ldx, ldx, task.k, ahead, sums);
   const T* bias = task.bias ? static_cast<const T*>(task.bias) + n : nullptr;
   for (int c = 0; c < columns; ++c) {
     F4 four = sum4(sums[0][c], sums[1 % rows][c], sums[2 % rows][c], sums[3 % rows][c]);
@@ -145,12 +154,13 @@ INLINE void linear_block(const LinearTask& task, const typename M::X* x, int64_t
 template <class M, int rows>
 INLINE void linear_group(const LinearTask& task, const typename M::X* x, int64_t ldx, int64_t m, int64_t n, Ahead ahead) {
   int64_t at = 0;
-  // Only the first pass over a group of weight rows meets memory, so only it prefetches.
   auto pass = [&]<int columns>() INLINE_LAMBDA {
-    if (at == 0)
-      linear_block<M, rows, columns, true>(task, x, ldx, at, n, ahead);
+    if (m <= columns)
+      linear_block<M, rows, columns, Read::in_order>(task, x, ldx, at, n, ahead);
+    else if (at == 0)
+      linear_block<M, rows, columns, Read::side_by_side>(task, x, ldx, at, n, ahead);
     else
-      linear_block<M, rows, columns, false>(task, x, ldx, at, n, ahead);
+      linear_block<M, rows, columns, Read::cached>(task, x, ldx, at, n, ahead);
     at += columns;
   };
   while (m - at >= columns_at_once) pass.template operator()<columns_at_once>();
