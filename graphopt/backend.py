@@ -120,7 +120,8 @@ def _may_reuse(options: Options) -> bool:
     """Whether a stored artifact may stand in for running the passes: not when the user watches or extends them."""
     watched = options.dump or options.debug or options.verify != "off" or report.collector() is not None
     foreign = options.passes or passes.installed() or options.cost_model
-    by_value = depends_on_values(options.quantize) or options.prune_heads is not None
+    # What goes by the names of modules and weights is no part of the graph, nor of its key.
+    by_value = depends_on_values(options.quantize) or options.prune_heads is not None or bool(options.prune)
     return not (watched or foreign or by_value)
 
 

@@ -148,6 +148,12 @@ class _Plan:
         smaller: nn.Module = type(self.model)(config).to(first.dtype)
         state = {name: self.cuts[name].of(tensor) if name in self.cuts else tensor
                  for name, tensor in self.model.state_dict().items() if name not in self.dropped}  # fmt: skip
+        unlike = sorted(state.keys() ^ smaller.state_dict().keys())
+        if unlike:
+            raise ExportError(
+                f"a {type(self.model).__name__} made from the configuration alone has other weights than this model:"
+                f" {', '.join(unlike[:4])}. Export a model that from_pretrained would make"
+            )
         smaller.load_state_dict(state)
         required = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         for name, parameter in smaller.named_parameters():

@@ -1,7 +1,7 @@
 """Whole layers: how much a model's answer changes without each (`graphopt.layer_importance`), and where they stand.
 
-A layer is an element of a `ModuleList` (of the longest one, if there are several) that hands a hidden state on. It is
-left out by handing on what it was given (ShortGPT; Men et al., 2024).
+A layer is an element of a `ModuleList` (of the longest outermost one, if there are several) that hands a hidden state
+on. It is left out by handing on what it was given (ShortGPT; Men et al., 2024).
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def layer_importance(model: nn.Module, inputs: Iterable[Mapping[str, Any]]) -> L
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    # Lists within the elements of others (experts, say) hold no layers.
+    lists = {name: found for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     if not any(map(len, lists.values())):
         raise OptionError(f"layer_importance(): {type(model).__name__} has no ModuleList of layers")
     longest = max(lists, key=lambda name: len(lists[name]))

@@ -212,6 +212,13 @@ def test_tied_embeddings_stay_tied() -> None:
     same(model, smaller, "llama")
 
 
+def test_refused_when_the_configuration_makes_another_model() -> None:
+    """A BERT without its pooler is not what its configuration says."""
+    model = transformers.BertModel(tiny("bert").config, add_pooling_layer=False)
+    with pytest.raises(ExportError, match="pooler"):
+        export_pruned(model)
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ExportError, match="'t5'.*llama"):
         export_pruned(tiny("t5"))
