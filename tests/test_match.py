@@ -233,3 +233,20 @@ def _graph(function: Callable[[Tensor, Tensor], object]) -> fx.GraphModule:
     with torch.no_grad():
         compiled(X, Y)
     return compiled.graphs[0].after
+
+
+def test_a_replacement_with_other_parameters_is_an_error_at_once() -> None:
+    @match.pattern(x=(2, 8), y=(2, 8))
+    def summed(x: Tensor, y: Tensor) -> Tensor:
+        return (x + y).exp()
+
+    def product(a: Tensor, y: Tensor) -> Tensor:
+        return a.exp() * y.exp()
+
+    with pytest.raises(PatternError, match=r"'summed': its replacement product\(.*by their names \(x, y\): .*'a'"):
+        match.Rule(summed, product)
+
+    def takes_any(**values: Tensor) -> Tensor:
+        return values["x"].exp() * values["y"].exp()
+
+    check_pass(once(summed, takes_any), lambda x, y: (x + y).exp(), [X, X], verify="off", count=1)

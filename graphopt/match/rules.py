@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt import _compat, capture, edit, shapes, views
+from graphopt.errors import PatternError
 from graphopt.match import search
 from graphopt.match.pattern import Pattern, Traced
 
@@ -46,12 +48,25 @@ class Match:
 class Rule:
     """Where `pattern` stands, compute `replacement` (same parameters, same results) instead.
 
-    condition: asked with each match; returns "" or the reason to leave it alone.
+    condition: asked with each match; returns "" or the reason to leave it alone. Raises PatternError if the replacement
+    does not take the pattern's parameters by their names.
     """
 
     pattern: Pattern
     replacement: Callable[..., Any]
     condition: Callable[[Match], str] = lambda match: ""
+
+    def __post_init__(self) -> None:
+        names = tuple(self.pattern.examples)
+        signature = inspect.signature(self.replacement)
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            called = getattr(self.replacement, "__name__", "the replacement")
+            raise PatternError(
+                f"pattern {self.pattern.name!r}: its replacement {called}{signature} must take the pattern's parameters"
+                f" by their names ({', '.join(names)}): {error}"
+            ) from error
 
 
 def rewrite(
