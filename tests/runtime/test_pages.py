@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ LARGE = 2 << 20
 
 
 @pytest.fixture(autouse=True)
-def _ask_the_system_anew() -> None:
-    pages._is_wanted.cache_clear()
+def _ask_the_system_anew() -> Iterator[None]:
+    forget = pages._is_wanted.cache_clear
+    forget()
+    yield
+    forget()
 
 
 def large_bytes(tensor: torch.Tensor) -> int:
@@ -65,7 +69,14 @@ def test_a_system_that_does_not_want_them_is_left_alone(monkeypatch: pytest.Monk
     pages._is_wanted.cache_clear()
     monkeypatch.setattr(pages, "_SETTING", tmp_path / "absent")
     assert pages.enlarge([weight]) == 0
-    pages._is_wanted.cache_clear()
+
+
+def test_a_system_without_large_pages_is_not_asked_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(pages, "_is_wanted", lambda: True)
+    monkeypatch.setattr(pages, "_collapse", lambda page: bool(asked.append(page)))
+    assert pages.enlarge([torch.empty(100 * LARGE, dtype=torch.uint8)]) == 0
+    assert len(asked) == pages._PATIENCE
 
 
 def test_a_compiled_model_has_them() -> None:
