@@ -33,7 +33,8 @@ _PATIENCE = 8  # so many refusals in a row: the system has no large pages left, 
 def enlarge(tensors: Iterable[Tensor]) -> int:
     """Move the memory of dense CPU tensors onto large pages where they fill them. Returns how many pages were moved.
 
-    The tensors' addresses and contents stay. Takes about a millisecond for each page, once. Does nothing where the system has no such pages or does not want them.
+    The tensors' addresses and contents stay. Takes about a millisecond for each page, once. Does nothing where the
+    system has no such pages or does not want them.
     """
     if not _is_wanted():
         return 0
