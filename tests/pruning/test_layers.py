@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt import PruneLayers, layer_importance
+from graphopt import PruneLayers, backend, layer_importance
 from graphopt.errors import OptionError
 from tests.suite import door
 from tests.suite.architectures import BY_NAME
@@ -143,6 +143,34 @@ def test_training_is_left_alone() -> None:
 def test_wrong_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         PruneLayers(**given)
+
+
+def test_experts_are_no_layers() -> None:
+    class Block(nn.Module):
+        """More experts than the model has layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + sum(expert(x) for expert in self.experts)
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](self.blocks[0](x))
+
+    assert set(layer_importance(Stack(), [{"x": torch.ones(1, 4)}]).changes) == {"blocks.0", "blocks.1"}
+
+
+@pytest.mark.parametrize("prune", ["2:4", PruneLayers(drop=("model.layers.1",))], ids=["sparse", "layers"])
+def test_stored_code_is_not_taken_for_what_goes_by_names(prune: Any) -> None:
+    """The names of modules and weights are no part of the key of stored code."""
+    assert backend._may_reuse(graphopt.Options()) and not backend._may_reuse(graphopt.Options(prune=prune))
 
 
 def test_importance_needs_layers_inputs_and_an_answer() -> None:
