@@ -70,6 +70,7 @@ def widened(application: Application, steps: int) -> Pair | None:
         if not leaves or len(made.old) + len(made.new) > _MOST_NODES:
             return _build(application, made) if reached else None
         _expand(made, leaves)
+        _expand_facts(made)
         reached = True
     return _build(application, made)
 
