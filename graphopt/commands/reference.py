@@ -82,8 +82,12 @@ def _options() -> str:
 
 def _dialect() -> str:
     sections = []
-    for operation in ops.operations():
-        meaning = inspect.unwrap(ops.meaning(operation) or operation)
+    meanings = {operation: inspect.unwrap(ops.meaning(operation) or operation) for operation in ops.operations()}
+    # As they stand in their files, whichever was imported first.
+    for operation in sorted(
+        meanings, key=lambda each: (meanings[each].__module__, inspect.getsourcelines(meanings[each])[1])
+    ):
+        meaning = meanings[operation]
         source = inspect.getsource(meaning)
         body = source[source.index("def ") :]
         sections += [f"## {meaning.__name__}", f"```text\n{operation._schema}\n```", f"```py\n{body}```"]
