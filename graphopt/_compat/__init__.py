@@ -85,6 +85,9 @@ from graphopt._compat.inductor import (
     inductor_decompositions as inductor_decompositions,
 )
 from graphopt._compat.inductor import (
+    inductor_generates as inductor_generates,
+)
+from graphopt._compat.inductor import (
     reload as reload,
 )
 from graphopt._compat.inductor import (

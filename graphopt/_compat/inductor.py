@@ -76,6 +76,13 @@ def inductor_calls(*operators: Any) -> None:
         make_fallback(operator, override_decomp=True)
 
 
+def inductor_generates(operator: Any) -> bool:
+    """Whether Inductor writes code for this operator, and does not call it as eager does."""
+    from torch._inductor import lowering
+
+    return operator in lowering.lowerings and operator not in lowering.fallbacks
+
+
 def force_stride_order() -> Any:
     """Inductor's operator (tensor, strides) -> the tensor, laid out in the order of these strides."""
     from torch._inductor import inductor_prims
