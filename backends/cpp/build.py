@@ -72,18 +72,30 @@ def load(directory: Path) -> str | None:
     """Load the operators and the best table, building first what is not in `directory`; later calls return at once.
 
     `directory` is private to the user (`graphopt.runtime.cache.cache_dir`). Returns None once the operators
-    `torch.ops.graphopt_cpp.*` work, otherwise the reason why not, which then holds for the process's life.
+    `torch.ops.graphopt_cpp.*` work, otherwise the reason why not, which then holds for the process's life. Operators
+    that came from another directory serve as well: torch aborts a process that registers them twice.
     """
+    if _is_loaded():
+        return None
     reason = unavailable_reason()
     if reason is not None:
         return reason
     try:
         _built(directory, [_operators(), _table(runnable()[0])], needed=1)  # side by side; a table may be refused
-        _load(directory, _operators(), torch.ops.load_library)
+        _load(directory, _operators(), _register)
         _load_best_table(directory)
     except (BuildError, OSError, RuntimeError) as error:
         return f"the C++ kernels could not be built: {error}"
     return None
+
+
+def _is_loaded() -> bool:
+    return hasattr(torch.ops.graphopt_cpp, "isa") and torch.ops.graphopt_cpp.isa() != ""
+
+
+def _register(library: str) -> None:
+    if not hasattr(torch.ops.graphopt_cpp, "isa"):  # loaded before, with no table that could be built
+        torch.ops.load_library(library)
 
 
 def load_table(directory: Path, isa: InstructionSet) -> None:

@@ -25,6 +25,12 @@ def _no_remembered_answers() -> Iterator[None]:
     forget()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_loaded(_no_remembered_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has loaded nothing; the test that is about loaded operators puts it back."""
+    monkeypatch.setattr(build, "_is_loaded", lambda: False)
+
+
 @pytest.fixture
 def tiny_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Sources of a table that does nothing, for what does not depend on the kernels; the directory to build it in."""
@@ -56,6 +62,19 @@ def test_no_compiler_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch, t
 def test_other_systems_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.sys, "platform", "darwin")
     assert build.unavailable_reason() == "the C++ kernels are built on Linux only, not on darwin"
+
+
+_is_loaded = build._is_loaded
+
+
+@pytest.mark.usefixtures("cpp_library")
+def test_another_cache_directory_later_does_not_load_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registering the operators twice would abort the process."""
+    monkeypatch.setattr(build, "_is_loaded", _is_loaded)
+    assert build.load(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_kernels_there_are_no_lowerings(monkeypatch: pytest.MonkeyPatch) -> None:

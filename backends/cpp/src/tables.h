@@ -25,7 +25,8 @@ std::mutex tables_lock;
 std::vector<const Kernels*> tables;  // in the order of loading: the first is the best this machine runs
 std::atomic<const Kernels*> selected{nullptr};
 
-std::string isa() { return kernels().isa; }
+// Empty before a table is loaded.
+std::string isa() { return selected ? kernels().isa : ""; }
 
 // Process wide, as set_isa is: neither is for use while operators run.
 void add_table(std::string path) {
