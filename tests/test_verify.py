@@ -143,6 +143,26 @@ def test_reproducer_is_small_and_runs_alone(tmp_path) -> None:
     assert "elements differ" in done.stderr
 
 
+def test_what_is_made_smaller_stays_the_failure_it_was() -> None:
+    """Wrong for NaN, and wrong in another way for the ones that a shrinker tries: the NaN is what was found."""
+
+    def loses_nan(x):
+        return torch.where((x == 1).all(), x * 1.5, torch.nan_to_num(x, nan=0.0).relu())
+
+    wrong = wrong_pass(aten.relu.default, inlined(loses_nan), exactness="bitwise")
+    (failure,) = failures(wrong, lambda x: x.relu() + 1, torch.randn(3, 4)).failures
+    assert failure.found.kinds == {"nan became finite"}
+    (value,) = failure.inputs.values
+    assert value.numel() == 1 and value.isnan().all()
+
+
+def test_a_narrow_cut_shows_what_the_whole_does_wrong_not_what_cannot_happen() -> None:
+    """After a square root no value is negative: that the new nodes differ there is no failure; that they round is."""
+    rounds = wrong_pass(aten.abs.default, inlined(lambda x: torch.where(x < 0, torch.nan, x.bfloat16().float())))
+    (failure,) = failures(rounds, lambda x: x.sqrt().abs() + 1, torch.rand(3, 4)).failures
+    assert failure.found.kinds == {"finite became finite"}
+
+
 def test_option_undoes_a_wrong_pass_and_reports_it() -> None:
     wrong = wrong_pass(aten.exp.default, inlined(lambda x: x.exp() * 1.01))
     x = torch.randn(3, 4)
@@ -158,12 +178,21 @@ def test_option_undoes_a_wrong_pass_and_reports_it() -> None:
 def test_judge_compares_the_error_with_that_of_the_old_graph() -> None:
     exact = torch.linspace(1, 2, 8, dtype=torch.float64)
     old = exact.to(torch.bfloat16)
-    assert judge.difference(old, old, exact, "rounding") == ""
-    assert judge.difference(old, old + 0.25, exact, "rounding") != ""
-    assert "dtype" in judge.difference(old, old.float(), exact, "rounding")
-    assert judge.difference(torch.tensor([0.0]), torch.tensor([-0.0]), None, "bitwise") != ""
-    assert judge.difference(torch.tensor([torch.nan]), torch.tensor([0.0]), None, "bitwise") != ""
-    assert judge.difference(torch.tensor([torch.nan]), torch.tensor([-torch.nan]), None, "bitwise") == ""
+    assert judge.difference(old, old, exact, "rounding") is None
+    assert kinds(old, old + 0.25, exact, "rounding") == {"finite became finite"}
+    assert kinds(old, old.float(), exact, "rounding") == {"another dtype"}
+    assert kinds(torch.tensor([0.0]), torch.tensor([-0.0])) == {"zero became a zero of the other sign"}
+    assert kinds(torch.tensor([torch.nan, 1, 2]), torch.tensor([0.0, 1, 3])) == {
+        "nan became finite",
+        "finite became finite",
+    }
+    assert judge.difference(torch.tensor([torch.nan]), torch.tensor([-torch.nan]), None, "bitwise") is None
+
+
+def kinds(old: torch.Tensor, new: torch.Tensor, exact=None, exactness="bitwise") -> frozenset[str]:
+    found = judge.difference(old, new, exact, exactness)
+    assert found is not None
+    return found.kinds
 
 
 def test_wide_runs_dialect_operations_by_their_meaning() -> None:

@@ -119,11 +119,11 @@ def _check_numbers(
     compiled.graphs[:] = graphs
     layout = all(graph.same_layout for graph in graphs)
     found = judge.difference(plain, optimised, exact, exactness, layout=layout)
-    if found:
+    if found is not None:
         raise AssertionError(f"results differ from the graph without the pass: {found}")
     against_eager = "lossy" if exactness == "lossy" else "rounding"
     found = judge.difference(eager, optimised, exact, against_eager, layout=layout)
-    if found:
+    if found is not None:
         raise AssertionError(f"results differ from eager: {found}")
 
 

@@ -37,7 +37,7 @@ def check_kernel(
             exact = wide.run_wide(lambda *given: meaning(*given, **named), values)
         found = judge.difference(old, new, list(exact) if isinstance(exact, (tuple, list)) else [exact], exactness)
         found = found or judge.difference(list(values), after, None, "bitwise", layout=False)
-        if found:
+        if found is not None:
             raise AssertionError(f"on {kind} inputs: {found}")
 
 
@@ -64,7 +64,7 @@ def check_model(
         with report.collecting() as collected:
             made = tree_leaves(torch.compile(model, backend=backend)(*args, **kwargs))
     found = judge.difference(plain, made, exact, "rounding")
-    if found:
+    if found is not None:
         raise AssertionError(f"{found}\n{collected}")
     return collected
 

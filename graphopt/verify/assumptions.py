@@ -12,8 +12,6 @@ from graphopt.pruning import lines, operations
 
 # Attention multiplies an error in the scores by their size: with larger values every order of a sum looks wrong.
 _LARGEST = 8.0
-
-
 _VALUES = {"zero": 0.0, "minus_inf": -math.inf}
 
 
@@ -44,3 +42,9 @@ def satisfied(after: fx.GraphModule, values: list[Any]) -> list[Any] | None:
             position = placeholders.index(weight)
             changed[position] = changed[position].clone().index_fill_(dim, torch.tensor(which), value)
     return changed
+
+
+def hold(after: fx.GraphModule, values: list[Any]) -> bool:
+    """Whether the values have already what the new nodes rest on."""
+    needed = satisfied(after, values)
+    return needed is not None and all(a is b or torch.equal(a, b) for a, b in zip(needed, values, strict=True))

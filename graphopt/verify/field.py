@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from graphopt import ops
-from graphopt.verify import inputs
+from graphopt.verify import inputs, judge
 from graphopt.verify.cut import Pair
 
 aten = torch.ops.aten
@@ -46,23 +46,24 @@ def applies(pair: Pair) -> bool:
     return all(number in known or _is_short(number) for number in _constants(pair.after))
 
 
-def compare(pair: Pair) -> str:
-    """How the two graphs differ at a random point modulo PRIME, or ""."""
+def compare(pair: Pair) -> judge.Difference | None:
+    """How the two graphs differ at a random point modulo PRIME."""
     fakes = [node.meta["val"] for node in pair.before.graph.nodes if node.op == "placeholder"]
     sizes = inputs.choose_sizes(fakes, "sample")[-1]
     shapes = [[inputs.size(part, sizes) for part in fake.shape] for fake in fakes]
     if sum(torch.Size(shape).numel() for shape in shapes) > _LARGEST:
-        return ""
+        return None
     generator = torch.Generator().manual_seed(1)
     values = [torch.randint(0, PRIME, shape, generator=generator) for shape in shapes]
     try:
         old, new = (_Field(graph).run(*values) for graph in (pair.before, pair.after))
     except (RuntimeError, ValueError, OverflowError, IndexError):
-        return ""
+        return None
     for index, (a, b) in enumerate(zip(old, new, strict=True)):
         if a.shape != b.shape or not torch.equal(a % PRIME, b % PRIME):
-            return f"value {index} is another polynomial of the inputs (evaluated modulo {PRIME})"
-    return ""
+            told = f"value {index} is another polynomial of the inputs (evaluated modulo {PRIME})"
+            return judge.Difference(told, frozenset({"another polynomial"}))
+    return None
 
 
 class _Field(fx.Interpreter):

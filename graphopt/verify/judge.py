@@ -9,6 +9,7 @@ lossy: only dtype, shape and stride are compared.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,32 @@ _ULPS = 4.0
 _LAYOUT_ONLY = "lossy"
 
 
-def difference(old: Any, new: Any, reference: Any, exactness: str, *, layout: bool = True) -> str:
-    """What is wrong with `new`, or "".
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How a result differs from what it should be.
+
+    kinds: in what ways, without numbers and places ("another dtype", "finite became nan"): a failure that is made
+    smaller must stay of the kinds that it began with.
+    """
+
+    message: str
+    kinds: frozenset[str]
+
+    def __str__(self) -> str:
+        return self.message
+
+    def of(self, what: str) -> Difference:
+        """The same, said of a part."""
+        return Difference(f"{what}: {self.message}", self.kinds)
+
+
+def different(kind: str, detail: str = "") -> Difference:
+    """A difference of one kind."""
+    return Difference(kind + detail, frozenset({kind}))
+
+
+def difference(old: Any, new: Any, reference: Any, exactness: str, *, layout: bool = True) -> Difference | None:
+    """What is wrong with `new`, or None.
 
     old, new: tensors, numbers, or sequences of these. reference: the same in float64, or None if there is
     none; then the old values stand in for it and the tolerance is that of the dtype.
@@ -28,34 +53,36 @@ def difference(old: Any, new: Any, reference: Any, exactness: str, *, layout: bo
     """
     if isinstance(old, (list, tuple)):
         if not isinstance(new, (list, tuple)) or len(old) != len(new):
-            return f"another number of values: {len(old)} and {len(new) if isinstance(new, list) else 1}"
+            count = len(new) if isinstance(new, (list, tuple)) else 1
+            return different("another number of values", f": {len(old)} and {count}")
         references = reference if isinstance(reference, (list, tuple)) else [None] * len(old)
         for index, (a, b, c) in enumerate(zip(old, new, references, strict=True)):
             found = difference(a, b, c, exactness, layout=layout)
             if found:
-                return f"value {index}: {found}" if len(old) > 1 else found
-        return ""
+                return found.of(f"value {index}") if len(old) > 1 else found
+        return None
     if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
-        return "" if type(old) is type(new) and old == new else f"another value: {old!r} became {new!r}"
+        same = type(old) is type(new) and old == new
+        return None if same else different("another value", f": {old!r} became {new!r}")
     return layout_difference(old, new, layout) or _value_difference(old, new, reference, exactness)
 
 
-def layout_difference(old: torch.Tensor, new: torch.Tensor, strides: bool = True) -> str:
-    """How two tensors differ in dtype, device, shape or stride (of dimensions longer than one), or ""."""
+def layout_difference(old: torch.Tensor, new: torch.Tensor, strides: bool = True) -> Difference | None:
+    """How two tensors differ in dtype, device, shape or stride (of dimensions longer than one), or None."""
     for name in ("dtype", "device", "shape"):
         if getattr(old, name) != getattr(new, name):
-            return f"another {name}: {getattr(old, name)} became {getattr(new, name)}"
+            return different(f"another {name}", f": {getattr(old, name)} became {getattr(new, name)}")
     if not strides or old.numel() == 0 or old.layout != torch.strided:
-        return ""
+        return None
     lying = [(a, b) for size, a, b in zip(old.shape, old.stride(), new.stride(), strict=True) if size > 1]
     if any(a != b for a, b in lying):
-        return f"another stride: {old.stride()} became {new.stride()}"
-    return ""
+        return different("another stride", f": {old.stride()} became {new.stride()}")
+    return None
 
 
-def _value_difference(old: torch.Tensor, new: torch.Tensor, reference: Any, exactness: str) -> str:
+def _value_difference(old: torch.Tensor, new: torch.Tensor, reference: Any, exactness: str) -> Difference | None:
     if exactness == _LAYOUT_ONLY or old.numel() == 0:
-        return ""
+        return None
     old, new = old.detach(), new.detach()
     if exactness == "bitwise" or not old.dtype.is_floating_point:
         wrong = ~_same_bits(old, new)
@@ -64,14 +91,28 @@ def _value_difference(old: torch.Tensor, new: torch.Tensor, reference: Any, exac
     else:
         wrong = _beyond_tolerance(old, new)
     if not bool(wrong.any()):
-        return ""
+        return None
     index = tuple(int(part) for part in wrong.nonzero()[0])
     count = int(wrong.sum())
     exact = f", in float64 {reference[index].item()!r}" if isinstance(reference, torch.Tensor) else ""
-    return (
+    return Difference(
         f"{count} of {wrong.numel()} elements differ; at {list(index)} {old[index].item()!r}"
-        f" became {new[index].item()!r}{exact}"
+        f" became {new[index].item()!r}{exact}",
+        _changes(old[wrong], new[wrong]),
     )
+
+
+def _changes(old: torch.Tensor, new: torch.Tensor) -> frozenset[str]:
+    """What became of what, over all elements: "finite became nan", "zero became a zero of the other sign"."""
+    if not old.dtype.is_floating_point:
+        return frozenset({"another value"})
+    zeros = (old == 0) & (new == 0)
+    found = {"zero became a zero of the other sign"} if bool(zeros.any()) else set()
+    classes = (torch.where(t.isnan(), 2, t.isinf().long())[~zeros].tolist() for t in (old, new))
+    return frozenset(found | {f"{_CLASSES[a]} became {_CLASSES[b]}" for a, b in set(zip(*classes, strict=True))})
+
+
+_CLASSES = ("finite", "infinite", "nan")
 
 
 def _same_bits(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

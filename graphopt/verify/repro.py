@@ -18,7 +18,7 @@ _CHECK = """if __name__ == "__main__":
     found = judge.difference(list(old), list(new), reference, {exactness!r}, layout={layout!r})
     print("before:", old)
     print("after: ", new)
-    raise SystemExit(found or 0)
+    raise SystemExit(str(found) if found else 0)
 """
 
 
