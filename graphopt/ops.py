@@ -6,7 +6,9 @@ The body of each operation is its meaning in plain PyTorch. It serves as the doc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +85,10 @@ def _attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return q.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
 
 
-@operation(
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, bool is_causal=False, float scale,"
-    " float softcap=0., int window=0, bool nan_rows=False) -> Tensor",
-    _attention_shape,
-)
+_ATTENTION_SETTINGS = "bool is_causal=False, float scale, float softcap=0., int window=0, bool nan_rows=False"
+
+
+@operation(f"(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, {_ATTENTION_SETTINGS}) -> Tensor", _attention_shape)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -128,6 +129,52 @@ def attention(
         weights = torch.softmax(wide, -1) if nan_rows else torch.ops.aten._safe_softmax(wide, -1)
         out = weights.to(q.dtype) @ values
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class CacheOperations(NamedTuple):
+    """The operations of a form of KV caches other than plain tensors (`passes/kv_cache/forms.py` shows them at work).
+
+    reserve: a cache as its parts, the last of which, the tail, has room for new rows. cache: parts as the cache that a
+    graph returns. start: rows as such a cache. attention: see `attention_over`. tail: rows of a tail before new ones.
+    """
+
+    reserve: torch._ops.OpOverload
+    cache: torch._ops.OpOverload
+    start: torch._ops.OpOverload
+    attention: torch._ops.OpOverload
+    tail: int
+
+
+def attention_over(
+    parts: Sequence[str], more: str = "", *, traceable: bool = True
+) -> Callable[[Callable[..., Tensor]], torch._ops.OpOverload]:
+    """Register `attention` over keys and values that lie in parts: the decorated function reads their rows.
+
+    parts: the names of the tensors that rows are made of, the last one with rows [..., D] of the cache's own size. The
+    operation is NAME(q, k_PART ..., v_PART ..., mask, length, MORE, *, settings of `attention`); the function is called
+    with the parts, the length and what `more` declares, once with keys=True and once with keys=False.
+    """
+
+    def register(rows_of: Callable[..., Tensor]) -> torch._ops.OpOverload:
+        count = len(parts)
+
+        @functools.wraps(rows_of)
+        def attend(q: Tensor, *given: Any, **how: Any) -> Tensor:
+            k_parts, v_parts, (mask, *rest) = given[:count], given[count : 2 * count], given[2 * count :]
+            k, v = rows_of(*k_parts, *rest, keys=True), rows_of(*v_parts, *rest, keys=False)
+            return cast(Tensor, _meanings[attention](q, k, v, mask, **how))
+
+        def shape(q: Tensor, *given: Any, **how: Any) -> Tensor:
+            return _attention_shape(q, given[count - 1], given[2 * count - 1])
+
+        tensors = ", ".join(f"Tensor {side}_{part}" for side in "kv" for part in parts)
+        return operation(
+            f"(Tensor q, {tensors}, Tensor? mask, SymInt length{more}, *, {_ATTENTION_SETTINGS}) -> Tensor",
+            shape,
+            traceable=traceable,
+        )(attend)
+
+    return register
 
 
 def _visible(rows: int, columns: int, is_causal: bool, window: int, device: torch.device) -> Tensor | None:

@@ -17,7 +17,6 @@ A row is code * scale + offset. int8 codes are two's complement within [-127, 12
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -168,41 +167,10 @@ def kv_quantize(rows: Tensor, kind: str, keys: bool) -> Tensor:
     return whole(codes, params, tail, rows.shape[2], kind, keys)
 
 
-def _attention_shape(q: Tensor, *parts: object, **how: object) -> Tensor:
-    batch, heads, rows, _ = q.shape
-    v_tail = parts[5]
-    assert isinstance(v_tail, Tensor)
-    return q.new_empty((batch, rows, heads, v_tail.shape[-1])).transpose(1, 2)
-
-
-@operation(
-    "(Tensor q, Tensor k_codes, Tensor k_params, Tensor k_tail, Tensor v_codes, Tensor v_params, Tensor v_tail,"
-    " Tensor? mask, SymInt length, str kind, *, bool is_causal=False, float scale, float softcap=0., int window=0,"
-    " bool nan_rows=False) -> Tensor",
-    _attention_shape,
-)
-def attention_quantized(
-    q: Tensor,
-    k_codes: Tensor,
-    k_params: Tensor,
-    k_tail: Tensor,
-    v_codes: Tensor,
-    v_params: Tensor,
-    v_tail: Tensor,
-    mask: Tensor | None,
-    length: int,
-    kind: str,
-    *,
-    is_causal: bool = False,
-    scale: float,
-    softcap: float = 0.0,
-    window: int = 0,
-    nan_rows: bool = False,
-) -> Tensor:
+@ops.attention_over(("codes", "params", "tail"), ", str kind")
+def attention_quantized(codes: Tensor, params: Tensor, tail: Tensor, length: int, kind: str, *, keys: bool) -> Tensor:
     """`graphopt.attention` of q [B, H, S, D] over `length` quantised keys and values, given as their parts."""
-    k = whole(k_codes, k_params, k_tail, length, kind, keys=True)
-    v = whole(v_codes, v_params, v_tail, length, kind, keys=False)
-    how = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "window": window, "nan_rows": nan_rows}
-    meaning = ops.meaning(ops.attention)
-    assert meaning is not None
-    return cast(Tensor, meaning(q, k, v, mask, **how))
+    return whole(codes, params, tail, length, kind, keys)
+
+
+OPERATIONS = ops.CacheOperations(kv_quantized_reserve, kv_quantized_cache, kv_quantize, attention_quantized, TAIL)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -90,44 +89,13 @@ def kv_page(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-def _attention_shape(q: Tensor, *parts: object, **how: object) -> Tensor:
-    batch, heads, rows, _ = q.shape
-    v_tail = parts[5]
-    assert isinstance(v_tail, Tensor)
-    return q.new_empty((batch, rows, heads, v_tail.shape[-1])).transpose(1, 2)
-
-
-@operation(
-    "(Tensor q, Tensor k_first, Tensor k_table, Tensor k_tail, Tensor v_first, Tensor v_table, Tensor v_tail,"
-    " Tensor? mask, SymInt length, *, bool is_causal=False, float scale, float softcap=0., int window=0,"
-    " bool nan_rows=False) -> Tensor",
-    _attention_shape,
-    traceable=False,
-)
-def attention_paged(
-    q: Tensor,
-    k_first: Tensor,
-    k_table: Tensor,
-    k_tail: Tensor,
-    v_first: Tensor,
-    v_table: Tensor,
-    v_tail: Tensor,
-    mask: Tensor | None,
-    length: int,
-    *,
-    is_causal: bool = False,
-    scale: float,
-    softcap: float = 0.0,
-    window: int = 0,
-    nan_rows: bool = False,
-) -> Tensor:
+@ops.attention_over(("first", "table", "tail"), traceable=False)
+def attention_paged(first: Tensor, table: Tensor, tail: Tensor, length: int, *, keys: bool) -> Tensor:
     """`graphopt.attention` of q [B, H, S, D] over `length` keys and values that lie in blocks and tails."""
-    k = whole(k_first, k_table, k_tail, length)
-    v = whole(v_first, v_table, v_tail, length)
-    how = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "window": window, "nan_rows": nan_rows}
-    meaning = ops.meaning(ops.attention)
-    assert meaning is not None
-    return cast(Tensor, meaning(q, k, v, mask, **how))
+    return whole(first, table, tail, length)
+
+
+OPERATIONS = ops.CacheOperations(kv_paged_reserve, kv_paged_cache, kv_page, attention_paged, TAIL)
 
 
 @dataclasses.dataclass(frozen=True)

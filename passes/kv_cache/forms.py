@@ -32,18 +32,13 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The operations of one form of caches. option: the option that asks for it.
+    """One form of caches. option: the option that asks for it. unsupported_reason: why a cache cannot have it, or "".
 
-    tail: rows of the tail before the new ones. how: what `attention` is told besides; how_part: what the others are
-    told, of keys (True) and of values. unsupported_reason: why a cache cannot have the form, or "".
+    how: what its attention is told besides; how_part: what the other operations are told, of keys (True) and of values.
     """
 
     option: str
-    reserve: torch._ops.OpOverload
-    cache: torch._ops.OpOverload
-    start: torch._ops.OpOverload
-    attention: torch._ops.OpOverload
-    tail: int
+    operations: ops.CacheOperations
     unsupported_reason: Callable[[Tensor], str]
     how: tuple[Any, ...] = ()
     how_part: Callable[[bool], tuple[Any, ...]] = lambda keys: ()
@@ -116,7 +111,7 @@ def _why_not(attention: fx.Node, k: fx.Node, v: fx.Node, form: Form) -> str:
 def _start(rewrite: edit.Rewrite, attention: fx.Node, k: fx.Node, v: fx.Node, form: Form) -> fx.Node:
     """The attention of a graph that starts the caches; what it returns of them gets its form behind all else."""
     for cache, keys in ((k, True), (v, False)):
-        made = rewrite.call_last(form.start, cache.args[1], *form.how_part(keys))
+        made = rewrite.call_last(form.operations.start, cache.args[1], *form.how_part(keys))
         rewrite.replace(cache, made, same_layout=False)
     q, _, _, *rest = attention.args
     return rewrite.call(ops.attention, q, k.args[1], v.args[1], *rest, **attention.kwargs)
@@ -124,17 +119,18 @@ def _start(rewrite: edit.Rewrite, attention: fx.Node, k: fx.Node, v: fx.Node, fo
 
 def _continue(rewrite: edit.Rewrite, attention: fx.Node, k: fx.Node, v: fx.Node, form: Form) -> fx.Node:
     """The attention of a graph that was given the caches."""
+    reserve, cached, _, attend, shown = form.operations
     parts: list[fx.Node] = []
     for cache, keys in ((k, True), (v, False)):
         past, count, *_ = room_of(cache).args
-        made = rewrite.call(form.reserve, past, count, *form.how_part(keys))
+        made = rewrite.call(reserve, past, count, *form.how_part(keys))
         stored, numbers, tail = (rewrite.call(operator.getitem, made, index) for index in range(3))
-        end = rewrite.call(operator.add, count, form.tail) if isinstance(count, fx.Node) else count + form.tail  # type: ignore[operator]
-        moved = rewrite.call(aten.slice_scatter.default, tail, cache.args[1], 2, form.tail, end)
+        end = rewrite.call(operator.add, count, shown) if isinstance(count, fx.Node) else count + shown  # type: ignore[operator]
+        moved = rewrite.call(aten.slice_scatter.default, tail, cache.args[1], 2, shown, end)
         rewrite.call_last(aten.copy_.default, tail, moved)
-        returned = rewrite.call_last(form.cache, stored, numbers, moved, cache.args[4], *form.how_part(keys))
+        returned = rewrite.call_last(cached, stored, numbers, moved, cache.args[4], *form.how_part(keys))
         rewrite.replace(cache, returned, same_layout=False)
         parts += [stored, numbers, moved]
     given = arguments(attention)
     flags = {name: given[name] for name in ("is_causal", "scale", "softcap", "window", "nan_rows")}
-    return rewrite.call(form.attention, given["q"], *parts, given["mask"], k.args[4], *form.how, **flags)
+    return rewrite.call(attend, given["q"], *parts, given["mask"], k.args[4], *form.how, **flags)

@@ -19,15 +19,7 @@ from graphopt.passes.kv_cache.forms import Form, rewrite_caches
 from graphopt.pipeline import graph_pass
 from graphopt.runtime import kv_paged as layout
 
-_PAGED = Form(
-    option="kv_cache",
-    reserve=layout.kv_paged_reserve,
-    cache=layout.kv_paged_cache,
-    start=layout.kv_page,
-    attention=layout.attention_paged,
-    tail=layout.TAIL,
-    unsupported_reason=layout.unsupported_reason,
-)
+_PAGED = Form("kv_cache", layout.OPERATIONS, layout.unsupported_reason)
 
 
 @graph_pass(exactness="rounding", stage="kv_cache", training=False, after="append_in_place")

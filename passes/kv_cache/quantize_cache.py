@@ -25,15 +25,6 @@ from graphopt.quantization import cache_operations as layout
 @graph_pass(exactness="lossy", stage="kv_cache", training=False, after="append_in_place")
 def quantize_cache(graph_module: fx.GraphModule, *, kind: str = "int8") -> int:
     """Rewrite each attention over growing caches to one over quantised rows."""
-    form = Form(
-        option="kv_dtype",
-        reserve=layout.kv_quantized_reserve,
-        cache=layout.kv_quantized_cache,
-        start=layout.kv_quantize,
-        attention=layout.attention_quantized,
-        tail=layout.TAIL,
-        unsupported_reason=functools.partial(layout.unsupported_reason, kind=kind),
-        how=(kind,),
-        how_part=lambda keys: (kind, keys),
-    )
+    unsupported_reason = functools.partial(layout.unsupported_reason, kind=kind)
+    form = Form("kv_dtype", layout.OPERATIONS, unsupported_reason, (kind,), lambda keys: (kind, keys))
     return rewrite_caches(graph_module, form)
