@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import math
-import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,21 +18,12 @@ from graphopt.options import Options
 from graphopt.runtime import kv_paged
 from graphopt.runtime.kv_blocks import BLOCK
 from graphopt.runtime.kv_paged import PagedCache, pages_of
-
-
-def rows(length: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, 3, length, 8).to(dtype)
+from tests.kv.forms import PAGED, rows
+from tests.kv.test_cache_tensors import CHANGES
 
 
 def cache_of(given: Tensor) -> PagedCache:
     return PagedCache.of(pages_of(given))
-
-
-def append(cache: Tensor, new: Tensor) -> Tensor:
-    """What a compiled graph does: it writes the new rows where torch's version counters do not see it."""
-    first, table, room = kv_paged.reserve(cache, new.shape[2])
-    room.data[:, :, kv_paged.TAIL :] = new
-    return kv_paged.returned(first, table, room, cache.shape[2] + new.shape[2])
 
 
 def held(cache: PagedCache) -> int:
@@ -68,7 +56,7 @@ def test_grown_cache_reads_as_its_rows_and_parts_lie_as_the_meaning_says(
             # The stride of a dimension of size 1 means nothing.
             sizes = zip(part.shape, part.stride(), expected.stride(), strict=True)
             assert all(size < 2 or one == other for size, one, other in sizes) or part.numel() == 0
-        cache = append(cache, given[:, :, done : done + count])
+        cache = PAGED.append(cache, given[:, :, done : done + count])
     if counts:
         assert isinstance(cache, PagedCache) and torch.equal(cache.plain(), given)
 
@@ -95,7 +83,7 @@ def test_copies_share_blocks_until_they_grow_apart() -> None:
     twins = [copy.deepcopy(cache) for _ in range(5)]
     assert held(cache) == before == 6
     news = [rows(20, batch=1) for _ in twins]
-    grown = [append(twin, new) for twin, new in zip(twins, news, strict=True)]
+    grown = [PAGED.append(twin, new) for twin, new in zip(twins, news, strict=True)]
     assert held(cache) == before + len(twins)
     for twin, new in zip(grown, news, strict=True):
         assert torch.equal(twin.plain(), torch.cat([cache.plain(), new], 2))
@@ -111,84 +99,15 @@ def test_blocks_are_free_when_the_last_cache_dies() -> None:
     del twin
     assert held(shorter) == 2
     capacity = pool.memory.shape[0]
-    grown = append(shorter, rows(2 * BLOCK, batch=1))  # takes the blocks that are free
+    grown = PAGED.append(shorter, rows(2 * BLOCK, batch=1))  # takes the blocks that are free
     assert pool.memory.shape[0] == capacity and held(grown) == 4
 
 
-@pytest.mark.parametrize("length", [100, 96, 70, 64, 5, 0])
-def test_cropped_cache_grows_and_leaves_the_other_alone(length: int) -> None:
-    cache = cache_of(rows(100))
-    kept = cache.plain()
-    cropped = cache[..., :length, :]
-    assert isinstance(cropped, PagedCache) and torch.equal(cropped.plain(), kept[:, :, :length])
-    new = rows(30)
-    assert torch.equal(append(cropped, new).plain(), torch.cat([kept[:, :, :length], new], 2))
-    assert torch.equal(cache.plain(), kept)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda cache: cache.index_select(0, torch.tensor([1, 0, 1])),
-        lambda cache: cache.repeat_interleave(2, dim=0),
-        lambda cache: cache[torch.tensor([1]), ...],
-        lambda cache: cache.clone(),
-        copy.deepcopy,
-    ],
-    ids="reorder repeat select clone deepcopy".split(),
-)
-def test_what_caches_do_copies_no_block(change: Callable[[Tensor], Tensor]) -> None:
+def test_what_happens_along_the_batch_copies_no_block() -> None:
     cache = cache_of(rows(130))
     before = held(cache)
-    changed = change(cache)
-    assert isinstance(changed, PagedCache) and held(cache) == before
-    assert torch.equal(changed.plain(), change(cache.plain()))
-    new = rows(20, batch=changed.shape[0])
-    assert torch.equal(append(changed, new).plain()[:, :, 130:], new)
-
-
-def test_saved_as_a_plain_tensor() -> None:
-    cache, file = cache_of(rows(40)), io.BytesIO()
-    torch.save({"keys": cache}, file)
-    file.seek(0)
-    loaded = torch.load(file)["keys"]
-    assert type(loaded) is Tensor and torch.equal(loaded, cache.plain())
-
-
-def test_writes_are_refused() -> None:
-    cache = cache_of(rows(40))
-    for write in (lambda: cache.zero_(), lambda: cache.__setitem__(0, 1.0), lambda: cache.data.mul_(2)):
-        with pytest.raises(TypeError, match="paged KV cache.*plain"):
-            write()
-
-
-def test_inference_mode_and_back() -> None:
-    with torch.inference_mode():
-        cache = cache_of(rows(20))
-        cache = append(cache, rows(20))
-    expected = cache.plain()
-    new = rows(40)
-    assert torch.equal(append(cache, new).plain(), torch.cat([expected, new], 2))
-
-
-def test_threads_that_continue_one_cache() -> None:
-    cache = cache_of(rows(64, batch=1))
-    kept, wrong = cache.plain(), []
-
-    def follow(seed: int) -> None:
-        new = torch.randn(1, 3, 200, 8, generator=torch.Generator().manual_seed(seed))
-        grown: Tensor = cache
-        for index in range(200):
-            grown = append(grown, new[:, :, index : index + 1])
-        if not torch.equal(grown.plain(), torch.cat([kept, new], 2)):
-            wrong.append(seed)
-
-    threads = [threading.Thread(target=follow, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and torch.equal(cache.plain(), kept)
+    changed = [change(cache) for change in CHANGES.values()]
+    assert held(cache) == before == 2 * (130 // BLOCK) and all(isinstance(one, PagedCache) for one in changed)
 
 
 def test_sixteen_continuations_hold_one_prompt() -> None:
@@ -196,7 +115,7 @@ def test_sixteen_continuations_hold_one_prompt() -> None:
     prompt = torch.randn(1, 3, 1000, 64)
     cache: Tensor = cache_of(prompt).repeat_interleave(16, dim=0)
     for _ in range(32):
-        cache = append(cache, torch.randn(16, 3, 1, 64))
+        cache = PAGED.append(cache, torch.randn(16, 3, 1, 64))
     exact = 16 * (prompt.nbytes // 1000) * 1032  # what DynamicCache holds
     needed = (prompt.nbytes // 1000) * (1000 + 16 * 32)
     gc.collect()

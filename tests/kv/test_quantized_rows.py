@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,23 +16,11 @@ from graphopt.options import Options
 from graphopt.quantization import cache_operations as layout
 from graphopt.runtime import kv_quantized
 from graphopt.runtime.kv_quantized import QuantizedCache, part_of
+from tests.kv.forms import quantized, rows
 
 ERRORS = {"int8": 0.5 / 127, "fp8": 2**-4, "int4": 0.5 / 15}
 KINDS = pytest.mark.parametrize("kind", layout.KINDS)
 PARTS = pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
-
-
-def rows(length: int, size: int = 16, batch: int = 2) -> Tensor:
-    made = torch.randn(batch, 3, length, size)
-    made[..., 1] *= 20  # a channel that is large for all tokens
-    return made
-
-
-def append(cache: Tensor, new: Tensor, kind: str, keys: bool) -> Tensor:
-    """What a compiled graph does: it writes the new rows where torch's version counters do not see it."""
-    codes, params, room = kv_quantized.reserve(cache, new.shape[2], kind, keys)
-    room.data[:, :, layout.TAIL :] = new
-    return kv_quantized.returned(codes, params, room, cache.shape[2] + new.shape[2], kind, keys)
 
 
 def cache_of(given: Tensor, kind: str, keys: bool) -> QuantizedCache:
@@ -106,26 +91,10 @@ def test_grown_cache_reads_as_one_quantised_at_once(
         meant = ops.meaning(layout.kv_quantized_reserve)(cache[:, :, :], count, kind, keys)
         made = kv_quantized.reserve(cache, count, kind, keys)
         assert [(part.shape, part.stride()) for part in made] == [(part.shape, part.stride()) for part in meant]
-        cache = append(cache, given[:, :, done : done + count], kind, keys)
+        cache = quantized(kind, keys).append(cache, given[:, :, done : done + count])
     if counts:
         assert torch.equal(cache.plain(), cache_of(given, kind, keys).plain())
         assert torch.equal(cache.plain(), torch.ops.graphopt.kv_quantize(given, kind, keys))
-
-
-@KINDS
-@PARTS
-@pytest.mark.parametrize("length", [150, 145, 120, 30, 1])
-def test_cropped_cache_reads_as_before_and_grows(kind: str, keys: bool, length: int) -> None:
-    given = rows(160)
-    cache = cache_of(given, kind, keys)
-    kept = cache.plain()
-    cropped = cache[..., :length, :]
-    assert isinstance(cropped, QuantizedCache) and torch.equal(cropped.plain(), kept[:, :, :length])
-    new = rows(1)
-    grown = append(cropped, new, kind, keys)
-    assert torch.equal(grown.plain()[:, :, :length], kept[:, :, :length])
-    assert torch.equal(grown.plain()[:, :, length:], new)
-    assert torch.equal(cache.plain(), kept)
 
 
 def test_forks_share_codes_and_stay_apart() -> None:
@@ -134,73 +103,12 @@ def test_forks_share_codes_and_stay_apart() -> None:
     for _ in range(2):
         new, twin = rows(60), cache
         for index in range(60):
-            twin = append(twin, new[:, :, index : index + 1], "int8", True)
+            twin = quantized("int8", True).append(twin, new[:, :, index : index + 1])
         twins.append((twin, torch.cat([kept, new], 2)))
     assert torch.equal(cache.plain(), kept)
     for twin, expected in twins:
         assert torch.equal(twin.plain()[:, :, :160], expected[:, :, :160])
         torch.testing.assert_close(twin.plain(), expected, rtol=0.02, atol=0.5)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda cache: cache.index_select(0, torch.tensor([1, 0, 1])),
-        lambda cache: cache.repeat_interleave(2, dim=0),
-        lambda cache: cache[torch.tensor([1]), ...],
-        lambda cache: cache.clone(),
-        copy.deepcopy,
-    ],
-    ids="reorder repeat select clone deepcopy".split(),
-)
-def test_what_caches_do_keeps_them_quantised(change: Callable[[Tensor], Tensor]) -> None:
-    cache = cache_of(rows(130), "int4", False)
-    changed = change(cache)
-    assert isinstance(changed, QuantizedCache) and torch.equal(changed.plain(), change(cache.plain()))
-    new = rows(1, batch=changed.shape[0])
-    assert torch.equal(append(changed, new, "int4", False).plain()[:, :, 130:], new)
-
-
-def test_other_operations_see_a_plain_tensor() -> None:
-    cache = cache_of(rows(100), "int8", True)
-    plain = cache.plain()
-    for operation in (
-        lambda x: x * 2,
-        lambda x: x[0],
-        lambda x: torch.cat([x, x], 2),
-        lambda x: x[:, :, -3:],
-        torch.sum,
-    ):
-        assert type(operation(cache)) is Tensor and torch.equal(operation(cache), operation(plain))
-    assert cache.shape == plain.shape and cache.dtype == plain.dtype and len(cache) == len(plain)
-    assert (
-        repr(plain)[7:40] in repr(cache) and cache.tolist() == plain.tolist() and (cache.numpy() == plain.numpy()).all()
-    )
-
-
-def test_saved_as_a_plain_tensor() -> None:
-    cache, file = cache_of(rows(100), "int8", True), io.BytesIO()
-    torch.save({"keys": cache}, file)
-    file.seek(0)
-    loaded = torch.load(file)["keys"]
-    assert type(loaded) is Tensor and torch.equal(loaded, cache.plain())
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda cache: cache.zero_(),
-        lambda cache: cache.__setitem__(0, 1.0),
-        lambda cache: torch.add(cache.plain(), 1, out=cache),
-        lambda cache: cache.data.mul_(2),
-        lambda cache: cache.detach().copy_(cache),
-    ],
-    ids="zero setitem out data detach".split(),
-)
-def test_writes_are_refused(write: Callable[[Tensor], object]) -> None:
-    cache = cache_of(rows(100), "int8", True)
-    with pytest.raises(TypeError, match="quantised KV cache.*plain"):
-        write(cache)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.55), ("fp8", 0.55), ("int4", 0.35)])
@@ -211,7 +119,7 @@ def test_memory(kind: str, share: float) -> None:
         given = torch.randn(1, 1, length, 64, dtype=torch.bfloat16)
         cache: Tensor = given[:, :, :3000]
         for index in range(3000, length):
-            cache = append(cache, given[:, :, index : index + 1], kind, keys)
+            cache = quantized(kind, keys).append(cache, given[:, :, index : index + 1])
         assert cache.nbytes <= share * given.nbytes
 
 
