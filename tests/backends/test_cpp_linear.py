@@ -50,6 +50,22 @@ def test_shared_out_among_threads(isa: str, threads: int, dtype: torch.dtype, m:
     check(kernels.linear(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("count", (3, 5))
+def test_pieces_taken_from_other_threads_change_nothing(isa: str, count: int) -> None:
+    """More threads than processors: some come late, and others do their work."""
+    before = torch.get_num_threads()
+    x, weights = torch.randn(1, 300), [torch.randn(n, 300) for n in (16, 1, 2007, 531)]
+    try:
+        torch.set_num_threads(1)
+        alone = kernels.parallel_linear(x, weights, [None] * 4)
+        torch.set_num_threads(count)
+        for _ in range(20):
+            together = kernels.parallel_linear(x, weights, [None] * 4)
+            assert all(map(torch.equal, alone, together))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("rows", (17, 32, 48, 200))
 @pytest.mark.parametrize("k", (31, 64, 577))
 def test_prefill_in_bfloat16(isa: str, rows: int, k: int) -> None:

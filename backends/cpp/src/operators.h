@@ -6,10 +6,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 
 #include "kernels.h"
+#include "shares.h"
 
 namespace graphopt {
 
@@ -54,26 +54,25 @@ inline at::Tensor rows_of(const at::Tensor& x, int64_t m) {
 }
 
 // Shares the rows (task.n) of all weights, in units of so many rows and bytes, among threads. Each calls begin() once and
-// then f(begun, task, first row, row after the last) for one piece after the other, taking the next when it is done: a
-// thread that wakes late or runs on a busy core does less, and none waits long for another.
+// then f(begun, task, first row, row after the last) for one piece after the other.
 template <class Task, class Begin, class Call>
 void for_rows_of_all(at::ArrayRef<Task> tasks, int64_t unit, int64_t unit_bytes, const Begin& begin, const Call& f) {
   auto units_of = [unit](const Task& task) { return (task.n + unit - 1) / unit; };
   int64_t units = 0;
   for (const Task& task : tasks) units += units_of(task);
+  TORCH_CHECK(units <= UINT32_MAX, "a weight of ", units * unit, " rows is more than these kernels count");
   const int64_t threads = std::clamp<int64_t>(units * unit_bytes / bytes_worth_threads, 1, at::get_num_threads());
-  const int64_t piece = threads == 1 ? units : std::max<int64_t>(1, bytes_at_a_time / unit_bytes);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    int64_t from = next.fetch_add(piece, std::memory_order_relaxed);
-    if (from >= units) return;
+  Shares shares(units, threads, threads == 1 ? units : std::max<int64_t>(1, bytes_at_a_time / unit_bytes));
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    Shares::Piece piece = shares.take(thread);
+    if (piece.from == piece.to) return;
     const auto begun = begin();
-    for (; from < units; from = next.fetch_add(piece, std::memory_order_relaxed)) {
-      const int64_t to = std::min(from + piece, units);
+    for (; piece.from < piece.to; piece = shares.take(thread)) {
       int64_t first = 0;  // the unit at which the task begins
       for (const Task& task : tasks) {
         const int64_t last = first + units_of(task);
-        const int64_t low = (std::max(from, first) - first) * unit, high = std::min((std::min(to, last) - first) * unit, task.n);
+        const int64_t low = (std::max<int64_t>(piece.from, first) - first) * unit;
+        const int64_t high = std::min((std::min<int64_t>(piece.to, last) - first) * unit, task.n);
         if (low < high) f(begun, task, low, high);
         first = last;
       }
