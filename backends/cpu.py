@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from graphopt.backends import cpp, inductor
+from graphopt.backends.cpp import sources
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Lowered
 from graphopt.options import Options
@@ -21,6 +22,7 @@ def prepare() -> str:
 def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options) -> Lowered:
     """The graph as an Inductor artifact that calls the kernels; without a compiler, Inductor alone (reported)."""
     lowered = inductor.compile_graph(graph_module, inputs, info, options, cpp.lowerings())
+    lowered.kernels = sources.used(lowered.choices)
     if reason := cpp.unavailable_reason():
         lowered.left_out.append(("the C++ kernels", reason))
     return lowered

@@ -25,11 +25,12 @@ class KernelEstimate:
     """One kernel: a region, or a node that runs by itself.
 
     memory_seconds, compute_seconds: the two sides of the roofline, of which the larger one counts; launch_seconds comes
-    on top. where: the line of the model's source.
+    on top. shapes: the values that it reads, and what it makes, as text. where: the line of the model's source.
     """
 
     node: str
     op: str
+    shapes: str
     where: str
     cost: Cost
     memory_seconds: float
@@ -139,12 +140,19 @@ def _kernel(
     return KernelEstimate(
         node.name,
         text.target(node),
+        _shapes(node),
         edit.source_line(node),
         found,
         device.seconds(Cost(at.bytes), dtype),
         device.seconds(Cost(flops=at.flops), dtype),
         device.seconds(Cost(launches=at.launches), dtype),
     )
+
+
+def _shapes(node: Node) -> str:
+    """As "f32[1, 8], f32[16, 8] -> f32[1, 16]"."""
+    read = ", ".join(text.value(operand.meta.get("val")) for operand in node.all_input_nodes)
+    return f"{read} -> {text.value(node.meta.get('val'))}"
 
 
 def _tensors(node: Node) -> Iterator[torch.Tensor]:

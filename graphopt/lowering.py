@@ -60,17 +60,24 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class KernelSource:
-    """The generated source of a kernel. language: "python" (Triton too) or "cpp"; nodes: what it computes, if known."""
+    """The source of a kernel. language: "python" (Triton too) or "cpp"; nodes: what it computes, if known.
+
+    calls: the nodes of the optimised graph that it runs, each by a call of its own, if known. built_for: the
+    instruction set that it was compiled for, if it was.
+    """
 
     name: str
     language: str
     source: str
     nodes: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+    built_for: str = ""
 
 
 @dataclasses.dataclass
 class Lowered:
-    """A graph made ready to run. left_out: (what, why) for things that were left to torch; kernels: generated code."""
+    """A graph made ready to run. left_out: (what, why) for things that were left to torch; kernels: the code that it
+    calls, besides what Inductor writes."""
 
     artifact: Artifact
     choices: list[Choice]

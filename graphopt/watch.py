@@ -65,7 +65,7 @@ class Watchers:
             self._say(1, f"left to torch: {what}: {reason}")
         if self._dump is None and self._studying is None and self._debug < 4:
             return
-        self._report.kernels = lowered.kernels or kernel_sources.of_inductor(lowered.artifact.source)
+        self._report.kernels = [*lowered.kernels, *kernel_sources.of_inductor(lowered.artifact.source)]
         for kernel in self._report.kernels:
             self._say(4, f"kernel {kernel.name}:\n{kernel.source}")
         if self._dump is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import html.parser
 import json
 import re
@@ -20,6 +21,7 @@ import graphopt
 from graphopt.cli import app
 from graphopt.edit import Refusal
 from graphopt.html import charts, page, render
+from graphopt.lowering import KernelSource
 from graphopt.report import Report
 from graphopt.study import Line, Snapshot
 
@@ -121,6 +123,28 @@ def test_bars_share_one_scale_and_leave_nothing_out() -> None:
     assert sum(bar.count for bar in bars) == len(study.optimised.kernels)
     assert abs(sum(bar.share for bar in bars) - 1) < 1e-6
     assert max(max(bar.memory, bar.compute) + bar.launch for bar in bars) <= 100.001
+
+
+def test_a_kernel_has_bars_for_the_shapes_that_it_is_called_with() -> None:
+    (graph,) = report().graphs
+    assert graph.study is not None
+    kernels = [kernel for kernel in graph.kernels if kernel.calls]
+    assert kernels
+    for kernel in kernels:
+        bars = charts.kernel_bars(kernel.calls, graph.study.optimised)
+        assert [node for bar in bars for node in bar.nodes] and sum(bar.count for bar in bars) == len(kernel.calls)
+        assert max(max(bar.memory, bar.compute) + bar.launch for bar in bars) == pytest.approx(100)
+    shown = re.sub("<wbr>", "", render(report(), "a model"))
+    called = {node for kernel in kernels for node in kernel.calls}
+    shapes = [kernel.shapes for kernel in graph.study.optimised.kernels if kernel.node in called]
+    assert "f32[5, 8]" in shapes[0] and all(html.escape(each) in shown for each in shapes)
+
+
+def test_a_compiled_kernel_says_what_it_was_built_for() -> None:
+    (node,) = {kernel.node for kernel in report().graphs[0].study.optimised.kernels[:1]}
+    compiled = KernelSource("cpp.linear", "cpp", "void f() {}", calls=(node,), built_for="avx2")
+    text = render(Report([dataclasses.replace(report().graphs[0], kernels=[compiled])]), "a model")
+    assert "C++ for avx2, 1 lines" in text and "void f() {}" in text
 
 
 def test_long_sources_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,8 @@ class KernelFailed(Exception):
 class CompiledGraph:
     """A compiled graph: call it with the graph's inputs.
 
-    source: the generated file, runnable alone. kernels: the kernels in it, by name. fallbacks: what runs as ATen calls,
-    with reasons. launches: how many kernels one call launches.
+    source: the generated file, runnable alone. kernels: the kernels in it, by name; calls: by kernel the nodes that
+    launch it. fallbacks: what runs as ATen calls, with reasons.
 
     A kernel that fails at its first launch (it does not compile, or asks for more than the GPU has) is left out from
     then on: its region runs as ATen calls and is listed in `fallbacks`. With `strict` the failure is raised.
@@ -44,12 +44,17 @@ class CompiledGraph:
         self.source: str = program.source
         self.kernels: dict[str, Kernel] = program.kernels
         self.fallbacks: list[Fallback] = program.fallbacks
-        self.launches: int = program.launches
+        self.calls: dict[str, list[str]] = program.calls
         self._may_repeat = program.updates_last
         self.namespace = load(program.source)
         self.namespace.update(program.constants)
         run = interpreter.launch if self._interpret else self.namespace["launch"]
         self.namespace["launch"] = self._guarded(run)
+
+    @property
+    def launches(self) -> int:
+        """How many kernels one call launches."""
+        return sum(map(len, self.calls.values()))
 
     def _guarded(self, run: Callable[..., None]) -> Callable[..., None]:
         """Name the kernel in the error of its first launch; later launches go straight through."""

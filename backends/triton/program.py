@@ -68,15 +68,15 @@ class Fallback:
 class Program:
     """The generated file, the kernels in it by name, what runs as ATen calls, and the tensors it closes over.
 
-    launches: how many kernels a call launches. updates_last: no kernel is launched after memory of the caller has been
+    calls: by kernel the nodes that launch it. updates_last: no kernel is launched after memory of the caller has been
     updated, so that a call whose launch failed may be made again.
     """
 
     source: str
     kernels: dict[str, Kernel]
+    calls: dict[str, list[str]]
     fallbacks: list[Fallback]
     constants: dict[str, torch.Tensor]
-    launches: int
     updates_last: bool
 
 
@@ -90,9 +90,9 @@ class Writer:
         self.updates_last = True
         self.lines: list[str] = []
         self.kernels: dict[str, Kernel] = {}
+        self.calls: dict[str, list[str]] = {}
         self.fallbacks: list[Fallback] = []
         self.constants: dict[str, torch.Tensor] = {}
-        self.launches = 0
         self._names: dict[Node, str] = {}
         self._by_key: dict[str, tuple[Kernel | Unsupported, list[sympy.Symbol]]] = {}
         self._by_digest: dict[str, str] = {}
@@ -119,7 +119,7 @@ class Writer:
         body = "\n".join(f"    {line}" for line in self.lines)
         call = f'def call(inputs):\n    """Run the graph; the list of inputs is emptied."""\n{body}\n'
         source = "\n\n".join(p.strip("\n") + "\n" for p in (*parts, call))
-        return Program(source, self.kernels, self.fallbacks, self.constants, self.launches, self.updates_last)
+        return Program(source, self.kernels, self.calls, self.fallbacks, self.constants, self.updates_last)
 
     # -- inputs and lifetimes ------------------------------------------------------------------------------------
 
@@ -258,6 +258,7 @@ class Writer:
     ) -> None:
         name = self._by_digest.setdefault(kernel.digest, f"kernel_{len(self._by_digest)}_{kernel.kind}")
         self.kernels.setdefault(name, kernel)
+        self.calls.setdefault(name, []).append(node.name)
         region = Region(module)
         tensors = [self._text(a) for a, p in zip(node.args, region.placeholders, strict=True)
                    if isinstance(p.meta["val"], torch.Tensor)]
@@ -271,7 +272,6 @@ class Writer:
         wide = self._index_type([*region.inputs, *region.outputs], region)
         arguments = [name, grid, *tensors, *outputs, *sizes.values(), *fixed, f"INDEX={wide}", "enable_fp_fusion=False"]
         self.lines.append(f"launch({', '.join(arguments)})")
-        self.launches += 1
         self.updates_last = self.updates_last and not self.updated
         self._names[node] = ", ".join(outputs)
 

@@ -52,7 +52,10 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
 
     choices = [Choice(name, kernel.kind, "triton") for name, kernel in compiled.kernels.items()]
     left_out = [(f"{f.name} ({f.target})", f.reason) for f in compiled.fallbacks]
-    kernels = [KernelSource(name, "python", kernel.text(name)) for name, kernel in compiled.kernels.items()]
+    kernels = [
+        KernelSource(name, "python", kernel.text(name), calls=tuple(compiled.calls[name]))
+        for name, kernel in compiled.kernels.items()
+    ]
     return Lowered(Artifact(run), choices, left_out, [*kernels, KernelSource("call", "python", compiled.source)])
 
 

@@ -19,9 +19,9 @@ _MOST_BARS, _LEAST = 24, 0.002
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """Equal kernels: their two sides of the roofline and their launches, in percent of the longest bar on the page."""
+    """Equal kernels: their two sides of the roofline and their launches, in percent of the longest bar beside it."""
 
-    op: str
+    what: str
     count: int
     nodes: tuple[str, ...]
     where: tuple[str, ...]
@@ -65,18 +65,31 @@ def roofline_bars(estimate: Estimate) -> list[Bar]:
     worth = [kernels for kernels in ordered[:_MOST_BARS] if sum(k.seconds for k in kernels) > _LEAST * estimate.seconds]
     rest = [kernel for kernels in ordered[len(worth) :] for kernel in kernels]
     shown = [(kernels[0].op, kernels) for kernels in worth] + ([("all others", rest)] if rest else [])
-    longest = max((sum(kernel.seconds for kernel in kernels) for _, kernels in shown), default=0.0) or 1.0
-    return [_bar(op, kernels, estimate, longest) for op, kernels in shown]
+    return _bars(shown, estimate)
 
 
-def _bar(op: str, kernels: Sequence[KernelEstimate], estimate: Estimate, longest: float) -> Bar:
+def kernel_bars(calls: Sequence[str], estimate: Estimate) -> list[Bar]:
+    """The bars of one kernel, one for each set of shapes that it is called with, longest first."""
+    called, groups = frozenset(calls), collections.defaultdict(list)
+    for kernel in estimate.kernels:
+        if kernel.node in called:
+            groups[kernel.shapes].append(kernel)
+    return _bars(sorted(groups.items(), key=lambda item: -sum(kernel.seconds for kernel in item[1])), estimate)
+
+
+def _bars(groups: Sequence[tuple[str, Sequence[KernelEstimate]]], estimate: Estimate) -> list[Bar]:
+    longest = max((sum(kernel.seconds for kernel in kernels) for _, kernels in groups), default=0.0) or 1.0
+    return [_bar(what, kernels, estimate, longest) for what, kernels in groups]
+
+
+def _bar(what: str, kernels: Sequence[KernelEstimate], estimate: Estimate, longest: float) -> Bar:
     memory, compute, launch = (
         sum(getattr(kernel, f"{side}_seconds") for kernel in kernels) for side in ("memory", "compute", "launch")
     )
     seconds = sum(kernel.seconds for kernel in kernels)
     same = len({kernel.cost for kernel in kernels}) == 1
     return Bar(
-        op,
+        what,
         len(kernels),
         tuple(kernel.node for kernel in kernels),
         tuple(dict.fromkeys(kernel.where for kernel in kernels if kernel.where)),

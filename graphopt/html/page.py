@@ -12,8 +12,9 @@ import torch
 from markupsafe import Markup, escape
 
 from graphopt.html import charts
+from graphopt.lowering import KernelSource
 from graphopt.report import GraphReport, Report
-from graphopt.study import Line, Snapshot
+from graphopt.study import Line, Snapshot, Study
 
 # Longer sources of a kernel are cut: a page must stay one that a browser opens at once.
 _LONGEST_SOURCE = 200_000
@@ -58,10 +59,22 @@ def _graph(number: int, graph: GraphReport) -> dict[str, Any]:
         "study": graph.study,
         "bars": charts.roofline_bars(graph.study.optimised) if graph.study is not None else [],
         "memory": charts.memory_chart(graph.study) if graph.study is not None else None,
-        "sources": [
-            (kernel, kernel.source[:_LONGEST_SOURCE], len(kernel.source) > _LONGEST_SOURCE) for kernel in graph.kernels
-        ],
+        "kernels": [_kernel(kernel, graph.study) for kernel in graph.kernels],
+        "calls_known": any(kernel.calls for kernel in graph.kernels),
         "differences": _differences(snapshots),
+    }
+
+
+def _kernel(kernel: KernelSource, study: Study | None) -> dict[str, Any]:
+    return {
+        "name": kernel.name,
+        "language": {"cpp": "C++", "python": "Python"}[kernel.language],
+        "built_for": kernel.built_for,
+        "nodes": kernel.nodes,
+        "bars": charts.kernel_bars(kernel.calls, study.optimised) if study is not None else [],
+        "lines": len(kernel.source.splitlines()),
+        "source": kernel.source[:_LONGEST_SOURCE],
+        "cut": len(kernel.source) > _LONGEST_SOURCE,
     }
 
 
