@@ -14,6 +14,7 @@ from torch import fx
 from graphopt import _compat, backends, passes, pipeline, report
 from graphopt.capture import GraphInfo, capture
 from graphopt.errors import GraphoptError, LoweringError
+from graphopt.lowering import CustomLowering
 from graphopt.options import Options
 from graphopt.pruning import lines, revival
 from graphopt.quantization import cache_operations
@@ -62,9 +63,14 @@ def graphopt(
 
 
 def arranged(options: Options, target: str) -> list[Callable[..., int]]:
-    """The passes that run for a target under these options, in order: the library's, installed ones, the user's."""
-    own = (*passes.PIPELINE, *passes.for_caches(options), *passes.lossy(options), *passes.for_target(target, options))
-    return pipeline.arrange((*own, *passes.installed(), *options.passes))
+    """The passes that run for a target under these options, in order: the library's, kernels of the user's, installed
+    passes, the user's."""
+    own = (*passes.PIPELINE, *passes.for_caches(options), *passes.lossy(options))
+    added = (*passes.installed(), *options.passes)
+    kernels = [function for function in added if isinstance(function, CustomLowering)]
+    others = [function for function in added if not isinstance(function, CustomLowering)]
+    # What is in a region is not seen by a kernel of the user's any more.
+    return pipeline.arrange((*own, *kernels, *passes.for_target(target, options), *others))
 
 
 def _compile(

@@ -3,11 +3,15 @@
 A `Lowering` replaces one dialect node by a call of a kernel operator. `supports` is asked with the node (its
 arguments carry fake values) and answers None, or the reason why the kernel cannot take it. Policy is the order of
 the list, never hidden in `supports`. What no lowering supports is expanded to ATen by its meaning.
+
+A user's kernel comes before all of these, on every target: `@lowering(op)` makes it a pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +19,8 @@ import torch
 from torch import fx
 
 from graphopt import capture, edit, ops
+from graphopt.errors import OptionError
+from graphopt.pipeline import Exactness, PassInfo
 from graphopt.runtime.artifact import Artifact
 
 Supports = Callable[[fx.Node], str | None]
@@ -117,3 +123,97 @@ def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -
             new = rewrite.inline(function, *node.args, decompositions=complete, **node.kwargs)
             rewrite.replace(node, new)
     edit.eliminate_dead_code(graph_module)
+
+
+USERS_KERNELS = "graphopt_kernels"
+"""The namespace of the operators that `lowering` makes."""
+_kernels = torch.library.Library(USERS_KERNELS, "DEF")
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomLowering:
+    """A kernel of the user's, as a pass that calls it in place of each operation `op` that it supports.
+
+    kernel: the operator `torch.ops.graphopt_kernels.NAME`, with the arguments of `op`, which launches it.
+    """
+
+    op: torch._ops.OpOverload
+    kernel: torch._ops.OpOverload
+    supports: Supports
+    graph_pass: PassInfo
+
+    @property
+    def __name__(self) -> str:
+        return self.graph_pass.name
+
+    def __call__(self, graph_module: fx.GraphModule) -> int:
+        """Replace what is supported, refuse the rest with the reason; returns the number of replacements."""
+        count = 0
+        for node in graph_module.graph.find_nodes(op="call_function", target=self.op):
+            reason = self.supports(node)
+            if reason is not None:
+                edit.refuse(node, reason)
+                continue
+            given = arguments(node)
+            named = {a.name: given.pop(a.name) for a in self.op._schema.arguments if a.kwarg_only}
+            with edit.rewriting(graph_module, node) as rewrite:
+                rewrite.replace(node, rewrite.call(self.kernel, *given.values(), **named))
+            count += rewrite.applied
+        return count
+
+
+def lowering(
+    op: torch._ops.OpOverload, supports: Supports, *, exactness: Exactness = "rounding"
+) -> Callable[[Callable[..., Any]], CustomLowering]:
+    """Make a function that launches a kernel the way to run `op`, an operation of the dialect or any pure operator.
+
+    supports: asked with each node (its arguments carry fake values in `meta["val"]`); answers None, or the reason why
+    the kernel cannot take it. The function takes the arguments of `op` and returns new tensors of the dtypes, shapes
+    and strides that `op` has. Hand the result over as `options={"passes": [...]}`: it runs on every target, after all
+    passes of the library but the forming of regions, and is verified, numbered and reported as any other pass.
+    Raises OptionError where `op` updates or returns its arguments, or the function cannot take them.
+    """
+    if not isinstance(op, torch._ops.OpOverload):
+        raise OptionError(f"lowering: an operator overload is needed, such as graphopt.ops.rms_norm, got {op!r}")
+    if any(value.alias_info is not None for value in (*op._schema.arguments, *op._schema.returns)):
+        raise OptionError(f"lowering: {op} updates its arguments or returns views of them, which no kernel may do")
+
+    def declare(function: Callable[..., Any]) -> CustomLowering:
+        _check_parameters(op, function)
+        name = _unused(function.__name__)
+        schema = str(op._schema)
+        _kernels.define(name + schema[schema.index("(") :], tags=[torch.Tag.pt2_compliant_tag])
+        _kernels.impl(name, _with_defaults(op, function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"graphopt_kernels::{name}", op, lib=_kernels)
+        kernel: torch._ops.OpOverload = getattr(torch.ops.graphopt_kernels, name).default
+        declared = PassInfo(function.__name__, exactness, "fuse", training=True)
+        return CustomLowering(op, kernel, supports, declared)
+
+    return declare
+
+
+def _check_parameters(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    declared = op._schema.arguments
+    try:
+        inspect.signature(function).bind(
+            *(a.name for a in declared if not a.kwarg_only), **{a.name: None for a in declared if a.kwarg_only}
+        )
+    except TypeError as error:
+        raise OptionError(f"lowering: {function.__name__} cannot take the arguments of {op._schema}: {error}") from None
+
+
+def _with_defaults(op: torch._ops.OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function called with all arguments: the dispatcher leaves out those at the end that have their defaults."""
+    places = [a for a in op._schema.arguments if not a.kwarg_only]
+    names = {a.name: a.default_value for a in op._schema.arguments if a.kwarg_only and a.has_default_value()}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, *(a.default_value for a in places[len(args) :]), **{**names, **kwargs})
+
+    return call
+
+
+def _unused(name: str) -> str:
+    """The name, or with a number if there is such a kernel already: a cell of a notebook is run again."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(each for each in names if not hasattr(torch.ops.graphopt_kernels, each))
