@@ -89,10 +89,12 @@ def test_masks_of_each_kind(isa: str, dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads"), ((1, 1), (9, 3), (8, 1), (5, 5), (14, 2)))
+@pytest.mark.parametrize(("heads", "kv_heads"), ((1, 1), (9, 3), (8, 1), (5, 5), (14, 2), (64, 32)))
 def test_grouped_heads(isa: str, threads: int, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
-    q = torch.randn(1, heads, 2, 64).to(dtype)
-    check(q, torch.randn(1, kv_heads, 300, 64).to(dtype), torch.randn(1, kv_heads, 300, 64).to(dtype))
+    """Also heads that lie side by side and are served together, all of them or (64 of 32) some at a time."""
+    q = torch.randn(2, heads, 2, 64).to(dtype)
+    check(q, torch.randn(2, kv_heads, 300, 64).to(dtype), torch.randn(2, kv_heads, 300, 64).to(dtype))
+    check(q, cache(300, 2, kv_heads, 64, dtype), cache(300, 2, kv_heads, 64, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

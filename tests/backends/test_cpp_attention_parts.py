@@ -91,14 +91,9 @@ def test_what_the_mask_hides_is_not_read(form: Parts, first: int, count: int) ->
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows(form: Parts, value: float) -> None:
     q, k, v = operands((2, 2), 1, 100, 16)
-    k[0, 0, 5, 3] = value
-    q[..., 3] = 1.0  # so that an infinite key gives an infinite score
+    k[0, 0, 5, 3], q[..., 3] = value, 1.0
     result = run(form, q, form.operands(q, k, v)[0], 100)
-    assert result[:, 1].isfinite().all()
-    if form is PAGED and value == math.inf:
-        torch.testing.assert_close(result[:, 0], v[:, 0, 5:6])
-    else:
-        assert result[:, 0].isnan().all()
+    assert result[:, 0].isnan().all() and result[:, 1].isfinite().all()
 
 
 def test_wrong_parts_of_quantised_caches_are_refused() -> None:

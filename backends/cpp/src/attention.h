@@ -1,131 +1,120 @@
 // Decode attention: few query rows against many keys, bound by reading keys and values once.
 //
 // All query rows that share a key/value head (the heads of its group, times the queries) are served by one pass over
-// that head. Softmax is taken block by block with a running maximum and sum (Milakov and Gimelshein 2018, as in
+// that head. Where the heads of a row lie side by side in memory, several are served together, so that memory is read in
+// its order. Softmax is taken block by block with a running maximum and sum (Milakov and Gimelshein 2018, as in
 // FlashAttention), so that a range of keys can be worked on by itself and merged later (flash-decoding).
 #pragma once
 
-#include "linear.h"
+#include "attention_values.h"
+#include "softmax.h"
 
 namespace {
 
 constexpr int64_t key_block = 64;
-constexpr float minus_infinity = -__builtin_inff();
+constexpr int64_t rows_ahead_bytes = 24 << 10;
 
-// exp(x) for x <= 0, about 1 ulp; NaN stays, minus infinity gives 0, subnormal results are flushed to 0.
-INLINE F exp_negative(F x) {
-  F clamped = select(x < splat(-87.0f), splat(-87.0f), x);
-  constexpr float rounding = 0x1.8p23f;  // adding it leaves the integer nearest to the argument in the low bits
-  F shifted = clamped * 0x1.715476p0f + rounding;
-  F n = shifted - rounding;
-  F r = clamped - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts
-  F p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
-  p = p * r + 0x1.555b98p-5f;
-  p = p * r + 0x1.55548ep-3f;
-  p = p * r + 0x1.fffff8p-2f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  F power = reinterpret_cast<F>((reinterpret_cast<I>(shifted) << 23) + 0x3f800000);
-  return select(x < splat(-87.0f), F{}, p * power);
+// Asks for rows that will be read soon. In the order in which they lie in memory and into the second-level cache: so the
+// hardware's own prefetcher goes along, and more lines are under way than the first-level cache can wait for.
+template <class T>
+INLINE void prefetch_rows(const T* rows, int64_t count, int64_t stride, int64_t span) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t byte = 0; byte < span * int64_t(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows + row * stride) + byte, 0, 2);
 }
 
-INLINE float exp_negative(float x) { return exp_negative(splat(x))[0]; }
-
-// The largest element. NaN counts as larger than anything: a row whose scores are all NaN must not look like one that
-// is masked.
-template <class V>
-INLINE V larger_or_nan(V a, V b) { return a <= b ? b : a; }
-
-INLINE float largest(F a) {
-  F4 part[lanes / 4];
-  __builtin_memcpy(part, &a, sizeof part);
-  for (int width = lanes / 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] = larger_or_nan(part[i], part[i + width]);
-  F4 two = larger_or_nan(part[0], __builtin_shufflevector(part[0], part[0], 2, 3, 0, 1));
-  return larger_or_nan(two[0], two[1]);
-}
-
-INLINE F softcapped(F s, float cap) {
-  F y = s / cap;
-  F magnitude = reinterpret_cast<F>(reinterpret_cast<U>(y) & 0x7fffffff);
-  F e = exp_negative(-2.0f * magnitude);
-  F tanh = (1.0f - e) / (1.0f + e);
-  return cap * reinterpret_cast<F>(reinterpret_cast<U>(tanh) | (reinterpret_cast<U>(y) & 0x80000000u));
-}
-
-// One (batch, kv head): its sizes and where its parts lie in scratch memory.
+// Some kv heads of one batch element: their sizes and where their parts lie in scratch memory.
 template <class S>
 struct Attention {
   using T = typename S::T;
+  using Dot = typename Values<S>::Dot;
+  using X = typename Dot::X;
+  using Weight = typename Values<S>::Weight;
   const AttentionTask& task;
-  const int64_t group, rows, dim, dim_v;  // dims rounded up to whole steps
-  float *q, *scores, *mask, *acc, *maximum, *total;
-  int64_t column = 0;  // of the block of scores: where the keys of score_block and value_block begin
+  const int64_t group, of_head, rows, dim, dim_v;  // query heads and rows of a kv head, all rows; dims in whole steps
+  X* q;
+  float *scores, *mask, *acc, *maximum, *total;
+  bool reads_ahead = true;  // whether rows go on behind the block in the same strides
+  int64_t column = 0;       // of the block of scores: where the keys of score_block and value_block begin
 
-  static int64_t part_floats(const AttentionTask& t) {
-    return t.heads / t.kv_heads * t.queries * (round_up(t.dim_v, S::step) + 2);
-  }
+  static int64_t rows_of(const AttentionTask& t) { return t.heads / t.kv_heads * t.queries * t.together; }
+  static int64_t part_floats(const AttentionTask& t) { return rows_of(t) * (round_up(t.dim_v, S::step) + 2); }
   static int64_t scratch_floats(const AttentionTask& t) {
-    return t.heads / t.kv_heads * t.queries * (round_up(t.dim, S::step) + 2 * key_block) + part_floats(t);
+    return rows_of(t) * (round_up(t.dim, S::step) + 2 * key_block) + part_floats(t);
   }
 
   Attention(const AttentionTask& t, float* scratch, float* part)
-      : task(t), group(t.heads / t.kv_heads), rows(group * t.queries), dim(round_up(t.dim, S::step)),
-        dim_v(round_up(t.dim_v, S::step)) {
-    q = scratch, scores = q + rows * dim, mask = scores + rows * key_block;
+      : task(t), group(t.heads / t.kv_heads), of_head(group * t.queries), rows(rows_of(t)), dim(round_up(t.dim, S::step)),
+        dim_v(round_up(t.dim_v, S::step)), q(reinterpret_cast<X*>(scratch)) {
+    scores = scratch + rows * dim, mask = scores + rows * key_block;
     acc = part ? part : mask + rows * key_block;
     maximum = acc + rows * dim_v, total = maximum + rows;
   }
 
   INLINE int64_t query(int64_t row) const { return row % task.queries; }
+  INLINE int64_t head(const AttentionPiece& piece, int64_t row) const { return piece.kv_head * group + row / task.queries; }
+  // The weights of a row take the place of its scores.
+  INLINE Weight* weights(int64_t row) const { return reinterpret_cast<Weight*>(scores + row * key_block); }
 
   void load_queries(const AttentionPiece& piece) {
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t head = piece.kv_head * group + row / task.queries;
-      const auto* at = static_cast<const T*>(task.q) + piece.batch * task.q_stride[0] + head * task.q_stride[1] +
+      const auto* at = static_cast<const T*>(task.q) + piece.batch * task.q_stride[0] + head(piece, row) * task.q_stride[1] +
                        query(row) * task.q_stride[2];
-      spread<S>(at, task.dim, q + row * dim, task.scale);
+      Dot::pack(at, task.dim, q + row * dim);
     }
   }
 
-  // scores[row][i] = q[row] . k[begin + i]
+  // What lies together of a row of keys (or values): that of one kv head, or of all that are served together.
+  INLINE int64_t span(const int64_t (&stride)[3], int64_t size) const { return (task.together - 1) * stride[1] + size; }
+
+  INLINE void read_ahead(const T* rows, int64_t count, const int64_t (&stride)[3], int64_t size) const {
+    const int64_t bytes = span(stride, size) * int64_t(sizeof(T));
+    if (reads_ahead) prefetch_rows(rows + larger(1, rows_ahead_bytes / bytes) * stride[2], count, stride[2], span(stride, size));
+  }
+
+  // scores[row][i] = q[row] . k[begin + i], for the rows of one kv head, the first of which is `first`.
   template <int keys>
-  INLINE void score_keys(const T* k, int64_t i, Ahead ahead) {
-    int64_t row = 0;
+  INLINE void score_keys(const T* k, int64_t first, int64_t i) {
+    const int64_t last = first + of_head;
+    int64_t row = first;
     auto pass = [&]<int columns>() INLINE_LAMBDA {
       F sums[keys][columns];
-      const float* at = q + row * dim;
-      if (row == 0)
-        dot_block<Exact<S>, keys, columns, true>(k, task.k_stride[2], at, dim, task.dim, ahead, sums);
-      else
-        dot_block<Exact<S>, keys, columns, false>(k, task.k_stride[2], at, dim, task.dim, ahead, sums);
+      dot_block<Dot, keys, columns, false>(k, task.k_stride[2], q + row * dim, dim, task.dim, Ahead{}, sums);
       for (int c = 0; c < columns; ++c, ++row) {
-        F4 four = sum4(sums[0][c], sums[1 % keys][c], sums[2 % keys][c], sums[3 % keys][c]);
+        F4 four = sum4(sums[0][c], sums[1 % keys][c], sums[2 % keys][c], sums[3 % keys][c]) * task.scale;
         for (int r = 0; r < keys; ++r) scores[row * key_block + column + i + r] = four[r];
       }
     };
-    while (rows - row >= columns_at_once) pass.template operator()<columns_at_once>();
-    if (columns_at_once > 2 && rows - row == 3) pass.template operator()<3>();
-    if (columns_at_once > 2 && rows - row == 2) pass.template operator()<2>();
-    if (rows - row == 1) pass.template operator()<1>();
+    while (last - row >= columns_at_once) pass.template operator()<columns_at_once>();
+    if (columns_at_once > 2 && last - row == 3) pass.template operator()<3>();
+    if (columns_at_once > 2 && last - row == 2) pass.template operator()<2>();
+    if (last - row == 1) pass.template operator()<1>();
   }
 
-  void score_block(const AttentionPiece& piece, int64_t begin, int64_t count) {
+  // The keys of kv heads [from, to) of the piece, in the order in which they lie.
+  void score_block(const AttentionPiece& piece, int64_t from, int64_t to, int64_t begin, int64_t count) {
     const auto* k = static_cast<const T*>(task.k) + piece.batch * task.k_stride[0] + piece.kv_head * task.k_stride[1] +
                     begin * task.k_stride[2];
-    const Ahead ahead = Ahead::of(task.dim, task.k_stride[2], sizeof(T));
-    int64_t i = 0;
-    for (; i + rows_at_once <= count; i += rows_at_once) score_keys<rows_at_once>(k + i * task.k_stride[2], i, ahead);
-    for (; i < count; ++i) score_keys<1>(k + i * task.k_stride[2], i, ahead);
+    for (int64_t i = 0; i < count;) {
+      const int64_t keys = i + rows_at_once <= count ? rows_at_once : 1;
+      read_ahead(k + i * task.k_stride[2], keys, task.k_stride, task.dim);
+      for (int64_t h = from; h < to; ++h) {
+        const T* at = k + h * task.k_stride[1] + i * task.k_stride[2];
+        if (keys == rows_at_once)
+          score_keys<rows_at_once>(at, h * of_head, i);
+        else
+          score_keys<1>(at, h * of_head, i);
+      }
+      i += keys;
+    }
   }
 
   // The mask as floats to add, one row for each query, or for each head and query where heads differ.
   void load_mask(const AttentionPiece& piece, int64_t begin, int64_t count) {
     const int64_t distinct = task.mask_stride[1] == 0 ? task.queries : rows, step = task.mask_stride[3];
     for (int64_t row = 0; row < distinct; ++row) {
-      const int64_t head = piece.kv_head * group + row / task.queries;
-      const int64_t at = piece.batch * task.mask_stride[0] + head * task.mask_stride[1] + query(row) * task.mask_stride[2] +
-                         begin * step;
+      const int64_t at = piece.batch * task.mask_stride[0] + head(piece, row) * task.mask_stride[1] +
+                         query(row) * task.mask_stride[2] + begin * step;
       float* out = mask + row * key_block;
       if (task.mask_kind == AttentionTask::boolean)
         for (int64_t i = 0; i < count; ++i) out[i] = static_cast<const uint8_t*>(task.mask)[at + i * step] ? 0.0f : minus_infinity;
@@ -161,10 +150,10 @@ struct Attention {
         for (int64_t i = 0; i < key_block; i += lanes) store(s + i, F{});
         continue;
       }
-      for (int64_t i = 0; i < key_block; i += lanes) {
-        F weight = exp_negative(load(s + i) - now);
-        store(s + i, weight);
-        sums += weight;
+      for (int64_t i = 0; i < key_block; i += 2 * lanes) {
+        const F one = exp_negative(load(s + i) - now), other = exp_negative(load(s + i + lanes) - now);
+        Values<S>::put_weights(weights(row) + i, one, other);
+        sums += one + other;
       }
       const float before = maximum[row] == minus_infinity ? 0.0f : exp_negative(maximum[row] - now);
       if (before != 1.0f)
@@ -175,25 +164,25 @@ struct Attention {
   }
 
   // acc[row .. row + many][at ..] += weights . v, for as many steps of v as registers allow.
+  // ahead: whether to ask for all of the rows to come.
   template <int many, int steps>
-  INLINE void add_values(const T* v, int64_t row, int64_t at, int64_t count, int64_t ahead) {
+  INLINE void add_values(const T* v, int64_t row, int64_t at, int64_t count, bool ahead) {
+    constexpr int keys = Values<S>::keys;
     F sums[many][2 * steps];
     for (int r = 0; r < many; ++r)
       for (int c = 0; c < 2 * steps; ++c) sums[r][c] = load(acc + (row + r) * dim_v + at + c * lanes);
-    const bool whole = at + steps * S::step <= task.dim_v;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; i += keys) {
+      if (ahead) read_ahead(v + i * task.v_stride[2], keys, task.v_stride, task.dim_v);
       const T* from = v + i * task.v_stride[2] + at;
-      typename S::Pair values[steps];
+      typename Values<S>::Pair values[steps];
 #pragma GCC unroll 2
-      for (int c = 0; c < steps; ++c) {
-        values[c] = whole || c + 1 < steps ? S::pair(from + c * S::step) : pair_tail<S>(from + c * S::step, task.dim_v - at - c * S::step);
-        if (row == 0) __builtin_prefetch(from + c * S::step + ahead, 0, 3);
-      }
+      for (int c = 0; c < steps; ++c)
+        values[c] = Values<S>::values(from + c * S::step, task.v_stride[2], i + keys <= count, task.dim_v - at - c * S::step);
 #pragma GCC unroll 4
       for (int r = 0; r < many; ++r) {
-        const F weight = splat(scores[(row + r) * key_block + column + i]);
+        const auto weight = Values<S>::weight(weights(row + r) + column + i);
 #pragma GCC unroll 4
-        for (int c = 0; c < 2 * steps; ++c) sums[r][c] += weight * values[c / 2].v[c % 2];
+        for (int c = 0; c < 2 * steps; ++c) sums[r][c] = Values<S>::mad(sums[r][c], weight, values[c / 2].v[c % 2]);
       }
     }
     for (int r = 0; r < many; ++r)
@@ -201,37 +190,45 @@ struct Attention {
   }
 
   template <int many>
-  INLINE void add_rows(const T* v, int64_t row, int64_t count, int64_t ahead) {
+  INLINE void add_rows(const T* v, int64_t row, int64_t count, bool ahead) {
     int64_t at = 0;
-    for (; at + 2 * S::step <= dim_v; at += 2 * S::step) add_values<many, 2>(v, row, at, count, ahead);
-    if (at < dim_v) add_values<many, 1>(v, row, at, count, ahead);
+    for (; at + 2 * S::step <= dim_v; at += 2 * S::step) add_values<many, 2>(v, row, at, count, ahead && at == 0);
+    if (at < dim_v) add_values<many, 1>(v, row, at, count, ahead && at == 0);
   }
 
-  void value_block(const AttentionPiece& piece, int64_t begin, int64_t count) {
+  // The values of kv heads [from, to) of the piece.
+  void value_block(const AttentionPiece& piece, int64_t from, int64_t to, int64_t begin, int64_t count) {
     const auto* v = static_cast<const T*>(task.v) + piece.batch * task.v_stride[0] + piece.kv_head * task.v_stride[1] +
                     begin * task.v_stride[2];
-    const int64_t ahead = key_block * task.v_stride[2];
-    int64_t row = 0;
-    for (; row + columns_at_once <= rows; row += columns_at_once) add_rows<columns_at_once>(v, row, count, ahead);
-    if (columns_at_once > 2 && rows - row == 3) return add_rows<3>(v, row, count, ahead);
-    if (columns_at_once > 2 && rows - row == 2) return add_rows<2>(v, row, count, ahead);
-    if (rows - row == 1) add_rows<1>(v, row, count, ahead);
+    for (int64_t h = from; h < to; ++h) {
+      const T* at = v + h * task.v_stride[1];
+      const int64_t first = h * of_head, last = first + of_head;
+      int64_t row = first;
+      auto pass = [&]<int many>() INLINE_LAMBDA {
+        add_rows<many>(at, row, count, h == 0 && row == first);
+        row += many;
+      };
+      while (last - row >= columns_at_once) pass.template operator()<columns_at_once>();
+      if (columns_at_once > 2 && last - row == 3) pass.template operator()<3>();
+      if (columns_at_once > 2 && last - row == 2) pass.template operator()<2>();
+      if (last - row == 1) pass.template operator()<1>();
+    }
   }
 
   T* out_row(const AttentionPiece& piece, int64_t row) const {
-    const int64_t head = piece.kv_head * group + row / task.queries;
-    return static_cast<T*>(task.out) + piece.batch * task.out_stride[0] + head * task.out_stride[1] + query(row) * task.out_stride[2];
+    return static_cast<T*>(task.out) + piece.batch * task.out_stride[0] + head(piece, row) * task.out_stride[1] +
+           query(row) * task.out_stride[2];
   }
 
   // out = sums * factor; a row that saw no key has a sum of zero and gives zeros, as in torch, or NaN.
   void write(T* out, const float* sums, float factor) const {
     for (int64_t i = 0; i < task.dim_v; i += S::step) {
-      const typename S::Pair pair{load(sums + i) * factor, load(sums + i + lanes) * factor};
+      const F one = load(sums + i) * factor, other = load(sums + i + lanes) * factor;
       if (i + S::step <= task.dim_v) {
-        S::put(out + i, pair);
+        Values<S>::put(out + i, one, other);
       } else {
         T tail[S::step];
-        S::put(tail, pair);
+        Values<S>::put(tail, one, other);
         __builtin_memcpy(out + i, tail, (task.dim_v - i) * sizeof(T));
       }
     }
@@ -253,9 +250,9 @@ struct Attention {
     start(piece);
     for (int64_t begin = piece.begin; begin < piece.end; begin += key_block) {
       const int64_t count = smaller(key_block, piece.end - begin);
-      score_block(piece, begin, count);
+      score_block(piece, 0, task.together, begin, count);
       weigh_block(piece, begin, count);
-      value_block(piece, begin, count);
+      value_block(piece, 0, task.together, begin, count);
     }
     finish(piece);
   }

@@ -65,7 +65,8 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Ma
   if (kernel_takes(q, k, v, mask, softcap, window)) {
     Tensor out = empty_out(q, v);
     const Dtype dtype = *dtype_of(q.scalar_type());
-    const AttentionTask task = task_of(q, k, v, mask, out, causal, scale, softcap, window, nan_rows);
+    AttentionTask task = task_of(q, k, v, mask, out, causal, scale, softcap, window, nan_rows);
+    task.together = heads_together(task, k.stride(1) < k.stride(2) && v.stride(1) < v.stride(2));
     run_attention(dtype, task, 0, [&](const AttentionPiece& piece, float* memory, float*) {
       kernels().attention_piece(dtype, task, piece, memory);
     });

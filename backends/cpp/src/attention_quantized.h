@@ -1,106 +1,167 @@
 // Decode attention over quantised keys and values: each block of keys is dequantised into memory of its own, which stays
-// in the first-level cache, and attended to as plain floats. The layout is that of graphopt/quantization/
-// cache_operations.py: packed rows first, then a tail of rows in the model's dtype.
+// in the first-level cache, and attended to as plain rows: of bf16 where the model is of bf16, else of floats. The layout
+// is that of graphopt/quantization/cache_operations.py: packed rows first, then a tail of rows in the model's dtype.
 #pragma once
 
 #include "attention.h"
+#include "codes.h"
 
 namespace {
 
 using graphopt::CacheKind;
 using graphopt::QuantizedRows;
 
-// One row of codes as floats: code * scale + offset, with one scale for each channel (keys) or for all (values).
-template <CacheKind kind, bool keys>
-INLINE void cache_row(const uint8_t* codes, const float* scale, const float* offset, int64_t dim, float* out) {
-  auto scale_of = [&](int64_t i) INLINE_LAMBDA { return keys ? scale[i] : scale[0]; };
-  if constexpr (kind == CacheKind::int8) {
-    for (int64_t i = 0; i < dim; ++i) out[i] = float(int8_t(codes[i])) * scale_of(i);
-  } else if constexpr (kind == CacheKind::fp8) {
-    // Exponent and mantissa go to their places; the product mends the bias and makes small numbers normal.
-    for (int64_t i = 0; i < dim; ++i)
-      out[i] = bits_to_float((uint32_t(int32_t(int8_t(codes[i]))) << 20) & 0x87f00000u) * 0x1p120f * scale_of(i);
-  } else {
-    const int64_t half = dim / 2;
-    auto offset_of = [&](int64_t i) INLINE_LAMBDA { return keys ? offset[i] : offset[0]; };
-    for (int64_t i = 0; i < half; ++i) out[i] = float(codes[i] & 15) * scale_of(i) + offset_of(i);
-    for (int64_t i = 0; i < half; ++i) out[half + i] = float(codes[i] >> 4) * scale_of(half + i) + offset_of(half + i);
+// The type of the rows that are attended to, by that of the tail.
+template <class S>
+struct RowsOf { using type = Fp32; };
+template <>
+struct RowsOf<Bf16> { using type = Bf16; };
+template <class S>
+using CacheRows = typename RowsOf<S>::type;
+
+// Two vectors of numbers as stored, in the order of their elements.
+INLINE void put_in_order(float* out, F a, F b) { store(out, a), store(out + lanes, b); }
+INLINE void put_in_order(uint16_t* out, F a, F b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
+#else
+  for (int i = 0; i < lanes; ++i) out[i] = Bf16::from_float(a[i]), out[lanes + i] = Bf16::from_float(b[i]);
+#endif
+}
+
+// How codes of one kind become numbers, before scale and offset: a vector of them from a row's bytes, element i on.
+template <CacheKind kind>
+struct CacheCode {
+  static constexpr bool has_offset = false;
+  static INLINE F vector(const uint8_t* codes, int64_t i, int64_t) {
+    if constexpr (kind == CacheKind::int8) return Int8::decode(codes + i);
+    return E4m3::decode(codes + i);
+  }
+  static INLINE float number(const uint8_t* codes, int64_t i, int64_t) {
+    if constexpr (kind == CacheKind::int8) return float(int8_t(codes[i]));
+    return bits_to_float((uint32_t(int32_t(int8_t(codes[i]))) << 20) & 0x87f00000u) * 0x1p120f;
+  }
+};
+// The first half of a row in the low nibbles, the second in the high ones.
+template <>
+struct CacheCode<CacheKind::int4> {
+  static constexpr bool has_offset = true;
+  static INLINE F vector(const uint8_t* codes, int64_t i, int64_t half) {
+    const I bytes = widened(codes + (i < half ? i : i - half));
+    return __builtin_convertvector((i < half ? bytes : bytes >> 4) & 15, F);
+  }
+  static INLINE float number(const uint8_t* codes, int64_t i, int64_t half) { return float(i < half ? codes[i] & 15 : codes[i - half] >> 4); }
+};
+
+// One row of codes as numbers: code * scale + offset, with one scale for each channel (keys) or for all (values).
+template <CacheKind kind, bool keys, class S>
+INLINE void cache_row(const uint8_t* codes, const float* scale, const float* offset, int64_t dim, typename S::T* out) {
+  using Code = CacheCode<kind>;
+  const int64_t half = dim / 2;
+  auto vector = [&](int64_t i) INLINE_LAMBDA {
+    const F number = Code::vector(codes, i, half) * (keys ? load(scale + i) : splat(scale[0]));
+    return Code::has_offset ? number + (keys ? load(offset + i) : splat(offset[0])) : number;
+  };
+  int64_t i = 0;
+  // A pair of vectors must not lie across the halves of a row of nibbles.
+  if (!Code::has_offset || half % (2 * lanes) == 0)
+    for (; i + 2 * lanes <= dim; i += 2 * lanes) put_in_order(out + i, vector(i), vector(i + lanes));
+  for (; i < dim; ++i) {
+    const float number = Code::number(codes, i, half) * scale[keys ? i : 0];
+    out[i] = S::from_float(Code::has_offset ? number + offset[keys ? i : 0] : number);
   }
 }
 
-// Packed rows [begin, begin + count) of one (batch, head), `stride` floats apart.
-template <CacheKind kind, bool keys>
+// Packed rows [begin, begin + count) of one (batch, head), `stride` numbers apart. span: how much of each row to ask for
+// ahead of time, 0 for nothing.
+template <CacheKind kind, bool keys, class S>
 void cache_rows(const QuantizedRows& rows, int64_t batch, int64_t head, int64_t begin, int64_t count, int64_t dim, float* params,
-                     float* out, int64_t stride) {
-  constexpr bool has_offset = kind == CacheKind::int4;
-  const int64_t numbers = keys ? dim : 1;
+                typename S::T* out, int64_t stride, int64_t span) {
+  const int64_t numbers = (keys ? dim : 1) * (1 + CacheCode<kind>::has_offset);
   const uint8_t* codes = rows.codes + batch * rows.code_stride[0] + head * rows.code_stride[1];
   const uint16_t* stored = rows.params + batch * rows.param_stride[0] + head * rows.param_stride[1];
   int64_t loaded = -1;
   for (int64_t row = begin; row < begin + count; ++row) {
     const int64_t at = keys ? row / rows.group : row;
     if (at != loaded) {
-      for (int64_t i = 0; i < numbers * (1 + has_offset); ++i) params[i] = Fp16::to_float(stored[at * rows.param_stride[2] + i]);
+      const uint16_t* from = stored + at * rows.param_stride[2];
+      int64_t i = 0;
+      for (; i + lanes <= numbers; i += lanes) store(params + i, Fp16::widen(from + i));
+      for (; i < numbers; ++i) params[i] = Fp16::to_float(from[i]);
       loaded = at;
     }
-    cache_row<kind, keys>(codes + row * rows.code_stride[2], params, params + numbers, dim, out + (row - begin) * stride);
+    const uint8_t* from = codes + row * rows.code_stride[2];
+    if (span) prefetch_rows(from + larger(1, rows_ahead_bytes / span) * rows.code_stride[2], 1, 0, span);
+    cache_row<kind, keys, S>(from, params, params + (keys ? dim : 1), dim, out + (row - begin) * stride);
   }
 }
 
-template <bool keys, class... Arguments>
+template <bool keys, class S, class... Arguments>
 void dequantize_cache(CacheKind kind, Arguments... arguments) {
-  if (kind == CacheKind::int8) return cache_rows<CacheKind::int8, keys>(arguments...);
-  if (kind == CacheKind::fp8) return cache_rows<CacheKind::fp8, keys>(arguments...);
-  return cache_rows<CacheKind::int4, keys>(arguments...);
+  if (kind == CacheKind::int8) return cache_rows<CacheKind::int8, keys, S>(arguments...);
+  if (kind == CacheKind::fp8) return cache_rows<CacheKind::fp8, keys, S>(arguments...);
+  return cache_rows<CacheKind::int4, keys, S>(arguments...);
 }
 
-// One (batch, kv head) of quantised keys and values; q, mask and result are floats. S is the tail's storage type.
+// Some kv heads of quantised keys and values. S is the tail's storage type; q, mask, result and the rows that are attended
+// to are of type `Rows`.
 template <class S>
 struct QuantizedAttention {
   using T = typename S::T;
+  using Rows = CacheRows<S>;
+  using Number = typename Rows::T;
   const AttentionTask& task;
   const QuantizedRows &k, &v;
-  AttentionTask block;  // the block of keys that is being worked on, as a task of its own
-  float *keys, *values, *params;
+  AttentionTask block;  // the rows of one head that are being worked on, as a task of their own
+  Number *keys, *values;
+  float* params;
 
   static int64_t block_floats(const AttentionTask& t) {
-    return key_block * (round_up(t.dim, Fp32::step) + round_up(t.dim_v, Fp32::step)) + 2 * larger(t.dim, t.dim_v);
+    return key_block * (round_up(t.dim, Rows::step) + round_up(t.dim_v, Rows::step)) + 2 * larger(t.dim, t.dim_v);
   }
 
   QuantizedAttention(const AttentionTask& t, const QuantizedRows& k, const QuantizedRows& v, float* memory)
-      : task(t), k(k), v(v), block(t), keys(memory), values(keys + key_block * round_up(t.dim, Fp32::step)),
-        params(values + key_block * round_up(t.dim_v, Fp32::step)) {
+      : task(t), k(k), v(v), block(t), params(memory) {
+    memory += 2 * larger(t.dim, t.dim_v);
+    keys = reinterpret_cast<Number*>(memory), values = keys + key_block * round_up(t.dim, Rows::step);
     block.k = keys, block.v = values;
+    // Whatever the head, its rows are in the same place.
     for (int i = 0; i < 2; ++i) block.k_stride[i] = block.v_stride[i] = 0;
-    block.k_stride[2] = round_up(t.dim, Fp32::step), block.v_stride[2] = round_up(t.dim_v, Fp32::step);
+    block.k_stride[2] = round_up(t.dim, Rows::step), block.v_stride[2] = round_up(t.dim_v, Rows::step);
   }
 
-  void load_tail(const void* tail, const int64_t (&stride)[3], const AttentionPiece& piece, int64_t begin, int64_t count, int64_t dim,
-                 float* out, int64_t out_stride) const {
-    const T* from = static_cast<const T*>(tail) + piece.batch * stride[0] + piece.kv_head * stride[1];
+  template <bool is_key>
+  void load_rows(const AttentionPiece& piece, int64_t head, int64_t begin, int64_t count) {
+    const QuantizedRows& rows = is_key ? k : v;
+    const int64_t dim = is_key ? task.dim : task.dim_v, out_stride = (is_key ? block.k_stride : block.v_stride)[2];
+    Number* out = is_key ? keys : values;
+    const int64_t span = (task.together - 1) * rows.code_stride[1] + (rows.kind == CacheKind::int4 ? dim / 2 : dim);
+    if (begin < rows.packed)
+      return dequantize_cache<is_key, Rows>(rows.kind, rows, piece.batch, head, begin, count, dim, params, out, out_stride,
+                                            head == piece.kv_head ? span : 0);
+    const auto& stride = is_key ? task.k_stride : task.v_stride;
+    const T* from = static_cast<const T*>(is_key ? task.k : task.v) + piece.batch * stride[0] + head * stride[1];
     for (int64_t row = 0; row < count; ++row)
-      for (int64_t i = 0; i < dim; ++i) out[row * out_stride + i] = S::to_float(from[(begin + row - k.packed) * stride[2] + i]);
-  }
-
-  void load_block(const AttentionPiece& piece, int64_t begin, int64_t count) {
-    if (begin >= k.packed) {
-      load_tail(task.k, task.k_stride, piece, begin, count, task.dim, keys, block.k_stride[2]);
-      return load_tail(task.v, task.v_stride, piece, begin, count, task.dim_v, values, block.v_stride[2]);
-    }
-    dequantize_cache<true>(k.kind, k, piece.batch, piece.kv_head, begin, count, task.dim, params, keys, block.k_stride[2]);
-    dequantize_cache<false>(v.kind, v, piece.batch, piece.kv_head, begin, count, task.dim_v, params, values, block.v_stride[2]);
+      for (int64_t i = 0; i < dim; ++i)
+        out[row * out_stride + i] = Rows::from_float(S::to_float(from[(begin + row - rows.packed) * stride[2] + i]));
   }
 
   void run(const AttentionPiece& piece, float* scratch) {
-    Attention<Fp32> work(block, scratch, piece.part);
+    Attention<Rows> work(block, scratch, piece.part);
+    work.reads_ahead = false;
     work.start(piece);
     for (int64_t begin = piece.begin; begin < piece.end;) {
       const int64_t border = begin < k.packed ? smaller(k.packed, piece.end) : piece.end;
       const int64_t count = smaller(key_block, border - begin);
-      load_block(piece, begin, count);
-      work.score_block(piece, 0, count);
+      for (int64_t h = 0; h < task.together; ++h) {
+        load_rows<true>(piece, piece.kv_head + h, begin, count);
+        work.score_block(piece, h, h + 1, 0, count);
+      }
       work.weigh_block(piece, begin, count);
-      work.value_block(piece, 0, count);
+      for (int64_t h = 0; h < task.together; ++h) {
+        load_rows<false>(piece, piece.kv_head + h, begin, count);
+        work.value_block(piece, h, h + 1, 0, count);
+      }
       begin += count;
     }
     work.finish(piece);

@@ -84,16 +84,18 @@ Tensor attention_quantized_cpu(const Tensor& q, const Tensor& k_codes, const Ten
   if (!fits)
     return attention_cpu(q, whole(k, length, kind, true), whole(v, length, kind, false), mask, causal, scale, softcap, window, nan_rows);
 
-  // A few rows: what is not read for each key is kept in floats.
-  const Tensor wide = q.to(at::kFloat), recent_k = k.recent(length), recent_v = v.recent(length);
+  // A few rows: what is not read for each key is of the dtype that codes are made into, see kernels.h.
+  const Dtype tail = *dtype_of(q.scalar_type()), rows = tail == Dtype::bf16 ? tail : Dtype::fp32;
+  const at::ScalarType scalar = tail == Dtype::bf16 ? at::kBFloat16 : at::kFloat;
+  const Tensor own = q.to(scalar), recent_k = k.recent(length), recent_v = v.recent(length);
   MaybeTensor added = mask;
-  if (added && added->defined() && added->scalar_type() != at::kBool) added = added->to(at::kFloat);
-  Tensor out = empty_out(wide, v_tail);
-  AttentionTask task = task_of(wide, recent_k, recent_v, added, out, causal, scale, softcap, window, nan_rows);
+  if (added && added->defined() && added->scalar_type() == at::kHalf) added = added->to(at::kFloat);
+  Tensor out = empty_out(own, v_tail);
+  AttentionTask task = task_of(own, recent_k, recent_v, added, out, causal, scale, softcap, window, nan_rows);
   task.keys = length;
   const QuantizedRows k_rows = rows_of(k, kind), v_rows = rows_of(v, kind);
-  const Dtype tail = *dtype_of(q.scalar_type());
-  run_attention(Dtype::fp32, task, kernels().quantized_floats(task), [&](const AttentionPiece& piece, float* memory, float* block) {
+  task.together = heads_together(task, k_codes.stride(1) < k_codes.stride(2) && v_codes.stride(1) < v_codes.stride(2));
+  run_attention(rows, task, kernels().quantized_floats(task), [&](const AttentionPiece& piece, float* memory, float* block) {
     kernels().attention_quantized(tail, task, k_rows, v_rows, piece, memory, block);
   });
   return out.to(q.scalar_type());

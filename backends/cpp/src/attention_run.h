@@ -20,6 +20,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Keys are shared out among threads in blocks of this many.
 inline constexpr int64_t key_unit = 64;
+// Query rows of kv heads that are served together.
+inline constexpr int64_t most_rows_together = 64;
 // Below this many multiply-adds a second thread costs more than it brings.
 inline constexpr int64_t work_worth_thread = 1 << 16;
 
@@ -64,6 +66,16 @@ inline AttentionTask task_of(const Tensor& q, const Tensor& k, const Tensor& v, 
   return task;
 }
 
+// How many kv heads are served together: one, or as many as rows of keys and values hold side by side and as keep what
+// belongs to their query rows in the caches of a core.
+inline int64_t heads_together(const AttentionTask& task, bool side_by_side) {
+  if (!side_by_side) return 1;
+  const int64_t rows = task.heads / task.kv_heads * task.queries;
+  int64_t together = task.kv_heads;
+  while (together > 1 && (together * rows > most_rows_together || task.kv_heads % together)) --together;
+  return together;
+}
+
 // Whether the mask hides a key from every query. In a mask of numbers only minus infinity does: all other numbers
 // leave a weight, however small.
 inline bool is_hidden(const AttentionTask& task, Dtype dtype, int64_t key) {
@@ -82,7 +94,7 @@ inline bool is_hidden(const AttentionTask& task, Dtype dtype, int64_t key) {
   return true;
 }
 
-// Share the task out among threads, each of which does pieces by `work(piece, scratch, extra)`: scratch memory as the
+// Share the task (its `together` filled in) out among threads, each of which does pieces by `work(piece, scratch, extra)`: scratch memory as the
 // kernels of `dtype` ask for, and `extra_floats` more.
 template <class Work>
 void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats, Work&& work_on) {
@@ -97,8 +109,9 @@ void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats,
     while (end > begin + 1 && is_hidden(task, dtype, end - 1)) --end;
     while (begin < end - 1 && is_hidden(task, dtype, begin)) ++begin;
   }
-  const int64_t blocks = (end - begin + key_unit - 1) / key_unit, heads = task.batch * task.kv_heads;
-  const int64_t work = heads * (end - begin) * (task.heads / task.kv_heads) * task.queries * (task.dim + task.dim_v);
+  const int64_t blocks = (end - begin + key_unit - 1) / key_unit, groups = task.kv_heads / task.together;
+  const int64_t heads = task.batch * groups;  // or several at once
+  const int64_t work = task.batch * task.kv_heads * (end - begin) * (task.heads / task.kv_heads) * task.queries * (task.dim + task.dim_v);
   const int64_t threads = std::clamp<int64_t>(std::min<int64_t>(work / work_worth_thread, heads * blocks), 1, at::get_num_threads());
 
   // Each thread takes an equal run of blocks, which may begin and end within a head; such a head is merged afterwards.
@@ -113,7 +126,7 @@ void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats,
       parts += !whole;
       // The addresses of the parts are known once they are counted; a mark stands in until then.
       static float mark;
-      pieces.push_back({head / task.kv_heads, head % task.kv_heads, begin + from * key_unit, std::min(end, begin + to * key_unit),
+      pieces.push_back({head / groups, head % groups * task.together, begin + from * key_unit, std::min(end, begin + to * key_unit),
                         whole ? nullptr : &mark});
       at += to - from;
     }

@@ -34,6 +34,7 @@ struct AttentionTask {
   const void *q, *k, *v, *mask;
   void* out;
   int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
+  int64_t together;  // kv heads that are served together, a divisor of kv_heads
   int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, head, position
   int64_t mask_stride[4];                         // batch, head, query, key
   int64_t out_stride[3];                          // batch, head, query
@@ -44,7 +45,7 @@ struct AttentionTask {
   float of_nothing;  // the factor for a row that saw no key: 0, or NaN as a plain softmax gives
 };
 
-// Keys [begin, end) of one (batch, kv head), all its query rows. With part == null the result is written to out,
+// Keys [begin, end) of `together` kv heads, from kv_head on, and all their query rows. With part == null the result is written to out,
 // otherwise it is left there unnormalised, for attention_merge.
 struct AttentionPiece {
   int64_t batch, kv_head, begin, end;
@@ -113,8 +114,8 @@ struct Kernels {
   void (*attention_floats)(Dtype, const AttentionTask&, int64_t* scratch, int64_t* part);
   void (*attention_piece)(Dtype, const AttentionTask&, const AttentionPiece&, float* scratch);
   void (*attention_merge)(Dtype, const AttentionTask&, const AttentionPiece* pieces, int64_t count);
-  // The same over quantised keys and values: `tail` is the dtype of the rows that are not, all else is fp32. The scratch
-  // of the task in fp32 is followed by quantized_floats more.
+  // The same over quantised keys and values: `tail` is the dtype of the rows that are not; all else is bf16 if they are,
+  // otherwise fp32. The scratch of the task in that dtype is followed by quantized_floats more.
   int64_t (*quantized_floats)(const AttentionTask&);
   void (*attention_quantized)(Dtype tail, const AttentionTask&, const QuantizedRows& k, const QuantizedRows& v, const AttentionPiece&,
                               float* scratch, float* block);
