@@ -7,6 +7,8 @@ for growth counts in full.
 
 from __future__ import annotations
 
+import json as json_format
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -76,10 +78,14 @@ def main(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 1000,
     continuations: Annotated[int, typer.Option(help="How often the prompt is continued.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 32,
+    json: Annotated[Path | None, typer.Option(help="Write the bytes to this file.")] = None,
 ) -> None:
     """Measure what KV caches hold that continue one prompt."""
     console = Console()
     held = measure(model, dtype, prompt, continuations, tokens, steps(console))
+    if json is not None:
+        asked = {"model": model, "dtype": dtype, "prompt": prompt, "continuations": continuations, "tokens": tokens}
+        json.write_text(json_format.dumps({**asked, "bytes": held}, indent=2) + "\n")
     console.print(table(held, f"{continuations} continuations of {prompt} tokens by {tokens}: {model}, {dtype}"))
 
 
