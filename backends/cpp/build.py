@@ -15,6 +15,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from graphopt.backends.cpp.direct import call_directly
 from graphopt.backends.cpp.isa import InstructionSet, runnable
 
 SOURCES = Path(__file__).parent / "src"
@@ -96,6 +98,7 @@ def _is_loaded() -> bool:
 def _register(library: str) -> None:
     if not hasattr(torch.ops.graphopt_cpp, "isa"):  # loaded before, with no table that could be built
         torch.ops.load_library(library)
+        call_directly(library)
 
 
 def load_table(directory: Path, isa: InstructionSet) -> None:
@@ -125,10 +128,10 @@ def _load(directory: Path, unit: Unit, load_library: Callable[[str], None]) -> N
 
 
 def _operators() -> Unit:
-    words = [f"-I{path}" for path in cpp_extension.include_paths()]
+    words = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
     words += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-fopenmp"]
     # OpenMP's symbols come from the runtime torch has loaded: one linked here could bring a second thread pool.
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch_python"]
     return _unit("operators", "library.cpp", words, libraries)
 
 

@@ -79,6 +79,9 @@ from graphopt._compat.inductor import (
     inductor_calls as inductor_calls,
 )
 from graphopt._compat.inductor import (
+    inductor_calls_function as inductor_calls_function,
+)
+from graphopt._compat.inductor import (
     inductor_compile as inductor_compile,
 )
 from graphopt._compat.inductor import (

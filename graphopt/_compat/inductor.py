@@ -76,6 +76,35 @@ def inductor_calls(*operators: Any) -> None:
         make_fallback(operator, override_decomp=True)
 
 
+def inductor_calls_function(operator: Any, function: Callable[..., Any]) -> None:
+    """Let code that Inductor writes call `function` with all arguments of `operator`, in order, in its place.
+
+    Such code may be loaded from a cache in another process: the function must be declared there as well.
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.select_algorithm import extern_kernels
+    from torch._library.utils import get_layout_constraint_tag
+    from torch.utils._pytree import tree_map
+
+    name = "graphopt_" + operator._schema.name.partition("::")[2]
+    setattr(extern_kernels, name, function)
+
+    class Call(ir.FallbackKernel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.python_kernel_name = f"extern_kernels.{name}"
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        parameters = operator._schema.arguments[len(args) :]
+        rest = [kwargs.get(parameter.name, parameter.default_value) for parameter in parameters]
+        results = Call.create(operator, *args, *rest)
+        return tree_map(lambda value: ir.TensorBox.create(value) if isinstance(value, ir.IRNode) else value, results)
+
+    constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(operator, with_default=True))
+    lowering.make_fallback(operator, layout_constraint=constraint)
+    lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+
+
 def inductor_generates(operator: Any) -> bool:
     """Whether Inductor writes code for this operator, and does not call it as eager does."""
     from torch._inductor import lowering

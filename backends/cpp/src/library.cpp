@@ -1,6 +1,7 @@
 // The library that torch loads: all operators, in one translation unit because reading torch's headers is most of its
 // compile time. The kernels they call come from tables that are libraries of their own (kernels.cpp).
-#include <ATen/core/Tensor.h>
+#include "direct.h"
+
 #include <torch/library.h>
 
 #include <memory>
@@ -47,3 +48,21 @@ TORCH_LIBRARY(graphopt_cpp, m) {
 
 }  // namespace
 }  // namespace graphopt
+
+// The module of the direct functions: those of torch.ops.graphopt_cpp that compiled graphs call.
+extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
+  using namespace graphopt;
+  static PyMethodDef functions[] = {
+      direct<linear_cpu>("linear"),
+      direct<parallel_linear>("parallel_linear"),
+      direct<quantized_linear_cpu>("quantized_linear"),
+      direct<parallel_quantized_linear>("parallel_quantized_linear"),
+      direct<quantized_embedding_cpu>("quantized_embedding"),
+      direct<attention_cpu>("attention"),
+      direct<quantized_cache::attention_quantized_cpu>("attention_quantized"),
+      direct<paged_cache::attention_paged_cpu>("attention_paged"),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "graphopt_direct", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -112,13 +112,16 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
   return run(x, weight, bias, outs) ? std::move(outs[0]) : by_torch(x, weight, bias);
 }
 
-std::vector<Tensor> parallel_linear_cpu(const Tensor& x, at::TensorList weights, const c10::List<MaybeTensor>& biases) {
+std::vector<Tensor> parallel_linear(const Tensor& x, at::TensorList weights, at::ArrayRef<MaybeTensor> biases) {
   TORCH_CHECK(weights.size() == biases.size(), "parallel_linear: ", weights.size(), " weights but ", biases.size(), " biases");
-  const std::vector<MaybeTensor> each = biases.vec();
   std::vector<Tensor> outs;
-  if (weights.empty() || run(x, weights, each, outs)) return outs;
-  for (size_t i = 0; i < weights.size(); ++i) outs.push_back(linear_cpu(x, weights[i], each[i]));
+  if (weights.empty() || run(x, weights, biases, outs)) return outs;
+  for (size_t i = 0; i < weights.size(); ++i) outs.push_back(linear_cpu(x, weights[i], biases[i]));
   return outs;
+}
+
+std::vector<Tensor> parallel_linear_cpu(const Tensor& x, at::TensorList weights, const c10::List<MaybeTensor>& biases) {
+  return parallel_linear(x, weights, biases.vec());
 }
 
 Tensor linear_meta(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {

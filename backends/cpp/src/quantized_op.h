@@ -178,7 +178,7 @@ Tensor run_prefill(const Tensor& rows, QuantizedTask task, const MaybeTensor& bi
   return out;
 }
 
-std::vector<Tensor> parallel_cpu(const Tensor& x, at::TensorList packed, const std::vector<MaybeTensor>& biases, c10::string_view name) {
+std::vector<Tensor> parallel_quantized_linear(const Tensor& x, at::TensorList packed, at::ArrayRef<MaybeTensor> biases, c10::string_view name) {
   const Scheme scheme = scheme_of({name.data(), name.size()});
   TORCH_CHECK(packed.size() == biases.size() * scheme.parts(), "scheme '", name, "' has ", scheme.parts(), " packed tensors to a weight, got ",
               packed.size(), " for ", biases.size(), " weights");
@@ -204,11 +204,11 @@ std::vector<Tensor> parallel_cpu(const Tensor& x, at::TensorList packed, const s
 }
 
 Tensor quantized_linear_cpu(const Tensor& x, at::TensorList packed, const MaybeTensor& bias, c10::string_view scheme) {
-  return parallel_cpu(x, packed, {bias}, scheme)[0];
+  return parallel_quantized_linear(x, packed, bias, scheme)[0];
 }
 
 std::vector<Tensor> parallel_quantized_linear_cpu(const Tensor& x, at::TensorList packed, const c10::List<MaybeTensor>& biases, c10::string_view scheme) {
-  return parallel_cpu(x, packed, biases.vec(), scheme);
+  return parallel_quantized_linear(x, packed, biases.vec(), scheme);
 }
 
 template <class Index>
