@@ -143,11 +143,14 @@ class Evaluator:
         if not isinstance(value, torch.Tensor):
             size = self.region.size(value)
             return Value(f"({text_of(size)})", torch.int64)
+        strides = self.region.strides(node)
+        return self.load_at(node, sum((i * s for i, s in zip(index, strides, strict=True)), sympy.Integer(0)), guard)
+
+    def load_at(self, node: Node, offset: sympy.Expr, guard: Guard | None = None) -> Value:
+        """What lies so many elements behind the first of an input."""
+        value = node.meta["val"]
         if value.dtype not in expressions.CARRIERS:
             raise Unsupported(f"dtype {value.dtype}")
-        offset: sympy.Expr = sum(
-            (i * s for i, s in zip(index, self.region.strides(node), strict=True)), sympy.Integer(0)
-        )
         address, mask, uses = self.address(offset, guard)
         pointer = f"{self.pointers[node]} + {address}" if address != "0" else self.pointers[node]
         text = f"tl.load({pointer}{f', mask={mask}, other=0' if mask else ''})"

@@ -9,12 +9,18 @@ import torch
 from torch.fx import Graph, Node
 
 import graphopt.ops  # noqa: F401  (registers the dialect)
+from graphopt.lowering import arguments
 from graphopt.passes.fuse.groups import Groups
+from graphopt.quantization.cache_operations import attention_quantized
+from graphopt.runtime.kv_paged import attention_paged
 
 aten = torch.ops.aten
 
-ATTENTIONS: frozenset[Any] = frozenset({
-    torch.ops.graphopt.attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+DIALECT: frozenset[Any] = frozenset({
+    torch.ops.graphopt.attention.default, attention_paged, attention_quantized,
+})
+ATTENTIONS: frozenset[Any] = DIALECT | frozenset({
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten.scaled_dot_product_attention.default,
 })
 
@@ -29,16 +35,24 @@ def erase_unread(graph: Graph) -> None:
 def _has_no_dropout(node: Node) -> bool:
     place = 4 if node.target == aten.scaled_dot_product_attention.default else 3
     dropout = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
-    return node.target == torch.ops.graphopt.attention.default or (isinstance(dropout, float) and dropout == 0.0)
+    return node.target in DIALECT or (isinstance(dropout, float) and dropout == 0.0)
+
+
+def _rows(node: Node) -> list[Any]:
+    """The query, and the keys and values or what holds their newest rows."""
+    if node.target not in DIALECT:
+        return list(node.args[:3])
+    given = arguments(node)
+    return [given["q"], *(given.get(side) or given[f"{side}_tail"] for side in "kv")]
 
 
 def form_attention(groups: Groups, node: Node) -> None:
     """Make the region of an attention, unless something other than its output is used."""
-    tensors = [n.meta["val"] for n in node.all_input_nodes]
-    floats = {t.dtype for t in tensors[:3]}
+    rows = [argument.meta["val"] for argument in _rows(node)]
+    floats = {t.dtype for t in rows}
     if len(floats) != 1 or not floats <= {torch.float32, torch.float16, torch.bfloat16}:
         return
-    if any(t.dim() != 4 for t in tensors[:3]):
+    if any(t.dim() != 4 for t in rows):
         return
     members = [node]
     if not isinstance(node.meta["val"], torch.Tensor):
