@@ -260,6 +260,22 @@ def kv_window(room: Tensor, dim: int, start: int | None, end: int | None) -> Ten
     return view
 
 
+def _written(room: Tensor, rows: Tensor, dim: int, start: int, end: int) -> Tensor:
+    return room
+
+
+@operation(
+    "(Tensor(a!) room, Tensor rows, int dim, SymInt start, SymInt end) -> Tensor(a!)", _written, traceable=False
+)
+def kv_write(room: Tensor, rows: Tensor, dim: int, start: int, end: int) -> Tensor:
+    """`room` with `rows` written to [start, end) along `dim`, in place.
+
+    The version counter does not move, as with all that compiled graphs write: it is left to tell of writes by others.
+    """
+    room.data.narrow(dim, start, end - start).copy_(rows)
+    return room
+
+
 def _allocated(
     size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device, capacity: int | None = None
 ) -> Tensor:

@@ -21,6 +21,7 @@ from graphopt.passes.kv_cache.fix_capacity import fix_capacity
 from graphopt.passes.kv_cache.page_cache import page_cache
 from graphopt.passes.kv_cache.quantize_cache import quantize_cache
 from graphopt.passes.kv_cache.start_with_room import start_with_room
+from graphopt.passes.kv_cache.write_in_place import write_in_place
 from graphopt.passes.prune.drop_layers import drop_layers, names_of
 from graphopt.passes.prune.prune_by_importance import prune_by_importance
 from graphopt.passes.prune.prune_certified import prune_certified
@@ -69,7 +70,9 @@ PIPELINE: tuple[Callable[..., int], ...] = (
 
 def for_target(target: str, options: Options) -> tuple[Callable[..., int], ...]:
     """What a target needs beyond the pipeline."""
-    return (_bound(form_regions, cost_model=options.cost_model),) if target == "triton" else ()
+    if target != "triton":
+        return ()
+    return write_in_place, _bound(form_regions, cost_model=options.cost_model)
 
 
 @functools.cache

@@ -43,8 +43,7 @@ def _print(expression: sympy.Expr) -> tuple[str, bool]:
     if name in _DIVISIONS:
         first, second = (text_of(argument, True) for argument in expression.args)
         return f"({first} {_DIVISIONS[name]} {second})", True
-    if isinstance(expression, (sympy.Max, sympy.Min)):
-        word = "max" if isinstance(expression, sympy.Max) else "min"
-        return f"{word}({', '.join(text_of(argument) for argument in sorted(expression.args, key=str))})", True
+    if name in ("Max", "Min"):  # sympy's, or torch's classes of these names
+        return f"{name.lower()}({', '.join(text_of(argument) for argument in sorted(expression.args, key=str))})", True
     raise Unsupported(f"an index expression of kind {name}")
 

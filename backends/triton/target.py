@@ -15,6 +15,10 @@ from torch import fx
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Choice, KernelSource, Lowered
 from graphopt.options import Options
+from graphopt.runtime import kv as kv  # what the cache operations do at call time
+from graphopt.runtime import kv_paged as kv_paged
+from graphopt.runtime import kv_quantized as kv_quantized
+from graphopt.runtime import prologue
 from graphopt.runtime.artifact import Artifact
 
 
@@ -31,6 +35,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
     """The graph as a boxed callable; what has no kernel is named in `left_out`. Without triton, all of it."""
     from graphopt.backends import reference
 
+    graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     reason = unavailable_reason()
     if reason is None:
         from graphopt.backends.triton.compile import compile_graph as generate
@@ -42,6 +47,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
             reason = str(error)
     if reason is not None:
         lowered = reference.compile_graph(graph_module, inputs, info, options)
+        lowered.artifact = Artifact(lowered.artifact.compiled, graph_prologue)
         lowered.left_out.append(("the Triton kernels", reason))
         return lowered
 
@@ -56,7 +62,8 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
         KernelSource(name, "python", kernel.text(name), calls=tuple(compiled.calls[name]))
         for name, kernel in compiled.kernels.items()
     ]
-    return Lowered(Artifact(run), choices, left_out, [*kernels, KernelSource("call", "python", compiled.source)])
+    kernels.append(KernelSource("call", "python", compiled.source))
+    return Lowered(Artifact(run, graph_prologue), choices, left_out, kernels)
 
 
 def _on_cpu(inputs: Sequence[Any]) -> bool:

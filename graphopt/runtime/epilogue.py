@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt import ops
+
 _after_call: dict[str, Callable[..., Any]] = {}
 
 
@@ -110,9 +112,11 @@ def sink(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) -> Epilogue
 
 
 def _written_into(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) -> dict[fx.Node, fx.Node]:
-    """Nodes that the graph copies whole into a value that is known at call time, and that value."""
-    return {
+    """Nodes that the graph copies whole into a value that is known at call time, or are that value, and the value."""
+    copied = {
         node.args[1]: node.args[0]
         for node in graph_module.graph.nodes
         if node.target is torch.ops.aten.copy_.default and node.args[0] in known and isinstance(node.args[1], fx.Node)
     }
+    written = [node for node in graph_module.graph.nodes if node.target is ops.kv_write and node.args[0] in known]
+    return copied | {node: node.args[0] for node in written}

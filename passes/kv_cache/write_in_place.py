@@ -1,0 +1,57 @@
+"""Write new rows into the room of a cache, for targets that make no write of `slice_scatter` and `copy_` themselves.
+
+    moved = slice_scatter(room, rows, 2, S, S + n);  ... attention(q, moved, ...)
+    copy_(room, moved);  return moved
+becomes
+    moved = graphopt.kv_write(room, rows, 2, S, S + n);  ... attention(q, moved, ...)
+    return moved
+
+Inductor finds such pairs by itself. Elsewhere the scatter would copy the whole cache, and the copy would do so again.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from graphopt import edit, ops
+from graphopt.pipeline import graph_pass
+from graphopt.quantization.cache_operations import kv_quantized_reserve
+from graphopt.runtime.kv_paged import kv_paged_reserve
+
+aten = torch.ops.aten
+_ROOM = (ops.kv_reserve, ops.kv_allocate, kv_paged_reserve, kv_quantized_reserve)
+
+
+@graph_pass(exactness="bitwise", stage="fuse", training=False)
+def write_in_place(graph_module: fx.GraphModule) -> int:
+    """Make one write of the new rows out of each scatter into reserved room that is copied back."""
+    count = 0
+    for copy in list(graph_module.graph.nodes):
+        if copy.target is not aten.copy_.default or copy.users:
+            continue
+        room, moved = copy.args[:2]
+        if not _is_room(room) or moved.target is not aten.slice_scatter.default or moved.args[0] is not room:
+            continue
+        others = [user for user in room.users if user not in (moved, copy) and user.target is not ops.kv_window]
+        if others:
+            edit.refuse(copy, f"{others[0].target} reads the room before the rows are written")
+            continue
+        with edit.rewriting(graph_module, moved) as rewrite:
+            rewrite.replace(moved, rewrite.call(ops.kv_write, *moved.args))
+        if rewrite.applied:
+            graph_module.graph.erase_node(copy)
+            graph_module.graph.erase_node(moved)
+        count += rewrite.applied
+    return count
+
+
+def _is_room(node: fx.Node) -> bool:
+    """Whether the node is memory that was handed out for new rows."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node.target in _ROOM
