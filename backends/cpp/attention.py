@@ -1,8 +1,10 @@
-"""Decode attention on the compiled kernel: `torch.ops.graphopt_cpp.attention`.
+"""Attention on the compiled kernels: `torch.ops.graphopt_cpp.attention`.
 
-Split over the keys among threads (flash-decoding, Dao et al. 2023), the heads of a group served together by one
-pass over their key/value head, strided caches read in place. Up to 16 query rows; more are given to
-`at::scaled_dot_product_attention` inside the operator.
+Up to 16 query rows (decode) are split over the keys among threads (flash-decoding, Dao et al. 2023), the heads of a
+group served together by one pass over their key/value head, strided caches read in place. More are computed in tiles
+over packed blocks of keys (FlashAttention-2, Dao 2023). What neither takes is given to
+`at::scaled_dot_product_attention` inside the operator, and so is bf16 on processors with tile registers, which torch's
+own attention uses.
 """
 
 from __future__ import annotations

@@ -6,12 +6,10 @@
 // FlashAttention), so that a range of keys can be worked on by itself and merged later (flash-decoding).
 #pragma once
 
-#include "attention_values.h"
-#include "softmax.h"
+#include "attention_rows.h"
 
 namespace {
 
-constexpr int64_t key_block = 64;
 constexpr int64_t rows_ahead_bytes = 24 << 10;
 
 // Asks for rows that will be read soon. In the order in which they lie in memory and into the second-level cache: so the
@@ -109,57 +107,18 @@ struct Attention {
     }
   }
 
-  // The mask as floats to add, one row for each query, or for each head and query where heads differ.
+  // One row for each query, or for each head and query where heads differ.
   void load_mask(const AttentionPiece& piece, int64_t begin, int64_t count) {
-    const int64_t distinct = task.mask_stride[1] == 0 ? task.queries : rows, step = task.mask_stride[3];
-    for (int64_t row = 0; row < distinct; ++row) {
-      const int64_t at = piece.batch * task.mask_stride[0] + head(piece, row) * task.mask_stride[1] +
-                         query(row) * task.mask_stride[2] + begin * step;
-      float* out = mask + row * key_block;
-      if (task.mask_kind == AttentionTask::boolean)
-        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<const uint8_t*>(task.mask)[at + i * step] ? 0.0f : minus_infinity;
-      else if (task.mask_kind == AttentionTask::additive)
-        for (int64_t i = 0; i < count; ++i) out[i] = S::to_float(static_cast<const T*>(task.mask)[at + i * step]);
-      else
-        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<const float*>(task.mask)[at + i * step];
-    }
+    const int64_t distinct = task.mask_stride[1] == 0 ? task.queries : rows;
+    for (int64_t row = 0; row < distinct; ++row)
+      load_mask_row<S>(task, piece.batch, head(piece, row), query(row), begin, count, mask + row * key_block);
   }
 
-  // Scores to weights relative to the running maximum; rescales what was summed under an older maximum.
   void softmax_block(int64_t begin, int64_t count) {
     for (int64_t row = 0; row < rows; ++row) {
-      float* s = scores + row * key_block;
-      for (int64_t i = count; i < key_block; ++i) s[i] = minus_infinity;
-      if (task.softcap != 0.0f)
-        for (int64_t i = 0; i < count; i += lanes) store(s + i, softcapped(load(s + i), task.softcap));
-      for (int64_t i = count; i < round_up(count, lanes); ++i) s[i] = minus_infinity;
-      if (task.mask_kind != AttentionTask::none) {
-        const float* add = mask + (task.mask_stride[1] == 0 ? query(row) : row) * key_block;
-        for (int64_t i = 0; i < count; ++i) s[i] += add[i];
-      }
-      const int64_t from = task.window ? query(row) - task.window + 1 - begin : 0;  // keys outside [from, to) are hidden
-      const int64_t to = task.causal ? query(row) + 1 - begin : count;
-      for (int64_t i = 0; i < smaller(from, count); ++i) s[i] = minus_infinity;
-      for (int64_t i = larger(to, 0); i < count; ++i) s[i] = minus_infinity;
-
-      F best = load(s);
-      for (int64_t i = lanes; i < key_block; i += lanes) best = larger_or_nan(load(s + i), best);
-      const float now = larger_or_nan(largest(best), maximum[row]);
-      F sums{};
-      if (now == minus_infinity) {  // nothing visible yet
-        for (int64_t i = 0; i < key_block; i += lanes) store(s + i, F{});
-        continue;
-      }
-      for (int64_t i = 0; i < key_block; i += 2 * lanes) {
-        const F one = exp_negative(load(s + i) - now), other = exp_negative(load(s + i + lanes) - now);
-        Values<S>::put_weights(weights(row) + i, one, other);
-        sums += one + other;
-      }
-      const float before = maximum[row] == minus_infinity ? 0.0f : exp_negative(maximum[row] - now);
-      if (before != 1.0f)
-        for (int64_t i = 0; i < dim_v; i += lanes) store(acc + row * dim_v + i, load(acc + row * dim_v + i) * before);
-      total[row] = total[row] * before + sum(sums);
-      maximum[row] = now;
+      const float* add = mask + (task.mask_stride[1] == 0 ? query(row) : row) * key_block;
+      weigh_row<S>(task, query(row), begin, count, task.mask_kind == AttentionTask::none ? nullptr : add, scores + row * key_block,
+                   weights(row), dim_v, acc + row * dim_v, maximum[row], total[row]);
     }
   }
 

@@ -21,7 +21,7 @@ bool kernel_takes(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || !dtype_of(q.scalar_type())) return false;
   if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) return false;
   if (!dense_rows(q) || !dense_rows(k) || !dense_rows(v)) return false;
-  if (q.numel() == 0 || k.numel() == 0 || v.numel() == 0 || q.size(2) > max_decode_rows) return false;
+  if (q.numel() == 0 || k.numel() == 0 || v.numel() == 0) return false;
   const int64_t batch = q.size(0), kv_heads = k.size(1), keys = k.size(2);
   if (k.size(0) != batch || v.size(0) != batch || v.size(1) != kv_heads || v.size(2) != keys) return false;
   if (q.size(1) % kv_heads != 0 || k.size(3) != q.size(3) || softcap < 0 || window < 0) return false;
@@ -66,11 +66,18 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Ma
     Tensor out = empty_out(q, v);
     const Dtype dtype = *dtype_of(q.scalar_type());
     AttentionTask task = task_of(q, k, v, mask, out, causal, scale, softcap, window, nan_rows);
-    task.together = heads_together(task, k.stride(1) < k.stride(2) && v.stride(1) < v.stride(2));
-    run_attention(dtype, task, 0, [&](const AttentionPiece& piece, float* memory, float*) {
-      kernels().attention_piece(dtype, task, piece, memory);
-    });
-    return out;
+    if (task.queries <= max_decode_rows) {
+      task.together = heads_together(task, k.stride(1) < k.stride(2) && v.stride(1) < v.stride(2));
+      run_attention(dtype, task, 0, [&](const AttentionPiece& piece, float* memory, float*) {
+        kernels().attention_piece(dtype, task, piece, memory);
+      });
+      return out;
+    }
+    const AttentionTiling tiling = kernels().attention_tiling(dtype, task);
+    if (tiling.queries) {
+      run_tiles(dtype, task, tiling);
+      return out;
+    }
   }
   const WithoutAutocast guard;
   Tensor result = plain(q, k, v, mask, causal, scale, softcap, window, nan_rows);

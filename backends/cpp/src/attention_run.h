@@ -148,6 +148,36 @@ void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats,
   }
 }
 
+// Attention of many queries: for as many kv heads at a time as packed_bytes hold (but one at least), first all blocks of
+// keys are packed and then all tiles of queries computed.
+inline void run_tiles(Dtype dtype, const AttentionTask& task, const AttentionTiling& tiling) {
+  constexpr int64_t packed_bytes = 16 << 20;
+  const Kernels& table = kernels();
+  const int64_t blocks = (task.keys + tiling.keys - 1) / tiling.keys, tiles = (task.queries + tiling.queries - 1) / tiling.queries;
+  const int64_t heads = task.batch * task.kv_heads, group = task.heads / task.kv_heads, head_bytes = blocks * tiling.block_bytes;
+  const int64_t chunk = std::clamp<int64_t>(packed_bytes / head_bytes, 1, heads);
+  char* packed = static_cast<char*>(scratch(Scratch::per_call, chunk * head_bytes));
+  for (int64_t done = 0; done < heads; done += chunk) {
+    const int64_t count = std::min(chunk, heads - done);
+    at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = done + i / blocks;
+        table.attention_pack(dtype, task, head / task.kv_heads, head % task.kv_heads, i % blocks * tiling.keys, packed + i * tiling.block_bytes);
+      }
+    });
+    const int64_t units = count * group * tiles;
+    Shares shares(units, std::min<int64_t>(units, at::get_num_threads()), 1);
+    at::parallel_for(0, shares.threads(), 1, [&](int64_t thread, int64_t) {
+      auto* memory = static_cast<float*>(scratch(Scratch::per_thread, tiling.scratch_bytes));
+      for (Shares::Piece piece = shares.take(thread); piece.from < piece.to; piece = shares.take(thread)) {
+        const int64_t member = piece.from / tiles, local = member / group, head = done + local;
+        table.attention_tile(dtype, task, head / task.kv_heads, head % task.kv_heads * group + member % group,
+                             piece.from % tiles * tiling.queries, packed + local * head_bytes, memory);
+      }
+    });
+  }
+}
+
 inline Tensor empty_out(const Tensor& q, const Tensor& v) {
   const auto b = q.sym_size(0), h = q.sym_size(1), s = q.sym_size(2), d = v.sym_size(3);
   return at::empty_strided_symint({b, h, s, d}, {s * h * d, d, h * d, c10::SymInt(1)}, q.options());

@@ -10,6 +10,7 @@ using namespace graphopt;
 #include "attention.h"
 #include "attention_paged.h"
 #include "attention_quantized.h"
+#include "attention_tiles.h"
 #include "dequantize.h"
 #include "linear.h"
 #include "quantized.h"
@@ -55,6 +56,32 @@ void attention_piece(Dtype dtype, const AttentionTask& task, const AttentionPiec
 
 void attention_merge(Dtype dtype, const AttentionTask& task, const AttentionPiece* pieces, int64_t count) {
   with_storage(dtype, [&]<class S>(S) { Attention<S>::merge(task, pieces, count); });
+}
+
+AttentionTiling attention_tiling(Dtype dtype, const AttentionTask& task) {
+  AttentionTiling tiling{};
+#if defined(__AMX_BF16__)
+  if (dtype == Dtype::bf16) return tiling;  // torch's own runs on tile registers
+#endif
+  with_storage(dtype, [&]<class S>(S) {
+    const AttentionTiles<S> tiles(task);
+    tiling = {tile_queries, key_block, tiles.block_elements() * int64_t(sizeof(typename AttentionTiles<S>::X)), tiles.scratch_floats() * 4};
+  });
+  return tiling;
+}
+
+void attention_pack(Dtype dtype, const AttentionTask& task, int64_t batch, int64_t kv_head, int64_t first_key, void* out) {
+  with_storage(dtype, [&]<class S>(S) {
+    using Tiles = AttentionTiles<S>;
+    Tiles(task).pack(batch, kv_head, first_key, static_cast<typename Tiles::X*>(out));
+  });
+}
+
+void attention_tile(Dtype dtype, const AttentionTask& task, int64_t batch, int64_t head, int64_t first_query, const void* packed, float* scratch) {
+  with_storage(dtype, [&]<class S>(S) {
+    using Tiles = AttentionTiles<S>;
+    Tiles(task).run(batch, head, first_query, static_cast<const typename Tiles::X*>(packed), scratch);
+  });
 }
 
 int64_t quantized_floats(const AttentionTask& task) { return QuantizedAttention<Fp32>::block_floats(task); }
@@ -142,6 +169,9 @@ constexpr Kernels table = {
     .attention_floats = attention_floats,
     .attention_piece = attention_piece,
     .attention_merge = attention_merge,
+    .attention_tiling = attention_tiling,
+    .attention_pack = attention_pack,
+    .attention_tile = attention_tile,
     .quantized_floats = quantized_floats,
     .attention_quantized = attention_quantized,
     .attention_paged = attention_paged,

@@ -63,6 +63,12 @@ struct QuantizedRows {
   int64_t code_stride[3], param_stride[3];
 };
 
+// How many queries make a tile and keys a block, and the bytes of a packed block and of a thread's scratch memory. Without
+// queries: the table leaves this to torch.
+struct AttentionTiling {
+  int64_t queries, keys, block_bytes, scratch_bytes;
+};
+
 // Rows of a KV cache in blocks [heads, block_rows, size], one of keys or of values: block i lies i * block_elements behind
 // `first`; the table [batch, blocks] says which blocks. Rows from `sealed` on are those of the task.
 struct PagedRows {
@@ -114,6 +120,11 @@ struct Kernels {
   void (*attention_floats)(Dtype, const AttentionTask&, int64_t* scratch, int64_t* part);
   void (*attention_piece)(Dtype, const AttentionTask&, const AttentionPiece&, float* scratch);
   void (*attention_merge)(Dtype, const AttentionTask&, const AttentionPiece* pieces, int64_t count);
+  // Attention of any number of queries, where this table is faster than torch: tiles of tile_queries rows of a head over
+  // the packed blocks of its kv head.
+  AttentionTiling (*attention_tiling)(Dtype, const AttentionTask&);
+  void (*attention_pack)(Dtype, const AttentionTask&, int64_t batch, int64_t kv_head, int64_t first_key, void* out);
+  void (*attention_tile)(Dtype, const AttentionTask&, int64_t batch, int64_t head, int64_t first_query, const void* packed, float* scratch);
   // The same over quantised keys and values: `tail` is the dtype of the rows that are not; all else is bf16 if they are,
   // otherwise fp32. The scratch of the task in that dtype is followed by quantized_floats more.
   int64_t (*quantized_floats)(const AttentionTask&);

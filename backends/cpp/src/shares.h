@@ -20,6 +20,8 @@ class Shares {
       stretches_[t].left.store(packed({uint32_t(units * t / threads), uint32_t(units * (t + 1) / threads)}), std::memory_order_relaxed);
   }
 
+  int64_t threads() const { return int64_t(stretches_.size()); }
+
   struct Piece {
     uint32_t from, to;  // none if equal
   };

@@ -82,6 +82,7 @@ struct Fp32 {
   struct Pair { F v[2]; };
   static INLINE Pair pair(const T* p) { return {load(p), load(p + lanes)}; }
   static INLINE void put(T* p, Pair a) { store(p, a.v[0]), store(p + lanes, a.v[1]); }
+  static INLINE void put_in_order(T* p, F a) { store(p, a); }
   static INLINE int place(int i) { return i; }
   static INLINE float to_float(T x) { return x; }
   static INLINE T from_float(float x) { return x; }
@@ -104,6 +105,7 @@ struct Bf16 {
     return (reinterpret_cast<U>(is_nan) & nan) | (~reinterpret_cast<U>(is_nan) & rounded);
   }
   static INLINE void put(T* p, Pair a) { *reinterpret_cast<Um*>(p) = round(a.v[0]) | (round(a.v[1]) << 16); }
+  static INLINE void put_in_order(T* p, F a) { *reinterpret_cast<Hm*>(p) = __builtin_convertvector(round(a), H); }
   static INLINE int place(int i) { return i % 2 * lanes + i / 2; }
   static INLINE float to_float(T x) { return bits_to_float(uint32_t(x) << 16); }
   static INLINE T from_float(float x) {
@@ -133,6 +135,9 @@ struct Fp16 {
   static INLINE Pair pair(const T* p) { return {widen(p), widen(p + lanes)}; }
   static INLINE void put(T* p, Pair a) {
     for (int i = 0; i < step; ++i) p[i] = from_float(a.v[i / lanes][i % lanes]);
+  }
+  static INLINE void put_in_order(T* p, F a) {
+    for (int i = 0; i < lanes; ++i) p[i] = from_float(a[i]);
   }
   static INLINE int place(int i) { return i; }
   static INLINE float to_float(T h) {
