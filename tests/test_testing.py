@@ -184,8 +184,8 @@ def test_the_pipeline_is_right_on_random_transformer_blocks(drawn) -> None:
 def test_strategies_find_a_planted_bug_and_shrink_it() -> None:
     wrong = wrong_pass(aten.sigmoid.default, inlined(lambda x: 1 / (1 + torch.exp(-x)) * 1.01))
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategies.programs(most_steps=3, in_place=False))
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategies.programs(most_steps=3, in_place=False, dtypes=(torch.float32,)))  # 1 % is nothing in bfloat16
     def property_test(program: strategies.Program) -> None:
         if "sigmoid" in program.source:
             check_pass(wrong, program.function, program.inputs, verify="sample", second=[])

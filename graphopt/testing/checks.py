@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,10 +36,11 @@ def check_pass(
     Checked: the number of rewrites (`count`), which is also the number that went through `graphopt.edit`; that
     the graph lints and `meta["val"]` is what running the nodes on fake values gives; the text of the graph
     (`after`: text as `graphopt.text.render` writes it, with or without its inputs, or a predicate on the graph);
-    results and changed inputs against the graph without the pass, as its exactness demands, and against eager;
-    that a second run changes nothing; all of it again on `second` (by default the inputs with a doubled first
-    dimension, where eager takes that). Each rewrite is verified by itself at level `verify` ("off", "sample",
-    "all"). Returns the first graph; AssertionError or VerificationError says what is wrong.
+    results and changed inputs against the graph without the pass, as its exactness demands, and against eager; which
+    results share memory with what; the same numbers as eager after the weights of a module were scaled in place; that a
+    second run changes nothing; all of it again on `second` (by default the inputs with a doubled first dimension, where
+    eager takes that). Each rewrite is verified by itself at level `verify` ("off", "sample", "all"). Returns the first
+    graph; AssertionError or VerificationError says what is wrong.
     """
     passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
     function = copy.deepcopy(function) if isinstance(function, torch.nn.Module) else function
@@ -112,34 +114,70 @@ def _check_numbers(
 ) -> None:
     with torch.no_grad():
         optimised = _run(compiled, function, inputs)
+        if exactness != "lossy":
+            _check_other_weights(function, compiled, inputs)
         eager = _run(function, function, inputs)
         graphs = list(compiled.graphs)
         plain = _run(traced.trace(function, passes, optimised=False, dynamic=dynamic), function, inputs)
         exact = _run(function, function, inputs, widened=True)
     compiled.graphs[:] = graphs
     layout = all(graph.same_layout for graph in graphs)
-    found = judge.difference(plain, optimised, exact, exactness, layout=layout)
+    found = judge.difference(plain.values, optimised.values, exact.values, exactness, layout=layout)
     if found is not None:
         raise AssertionError(f"results differ from the graph without the pass: {found}")
     against_eager = "lossy" if exactness == "lossy" else "rounding"
-    found = judge.difference(eager, optimised, exact, against_eager, layout=layout)
+    found = judge.difference(eager.values, optimised.values, exact.values, against_eager, layout=layout)
     if found is not None:
         raise AssertionError(f"results differ from eager: {found}")
+    for (output, other), shared in optimised.aliases.items():
+        if shared != eager.aliases.get((output, other), shared):
+            verb = "shares" if shared else "does not share"
+            raise AssertionError(f"result {output} {verb} memory with {other}, unlike eager's")
 
 
-def _run(
-    call: Callable[..., Any], owner: Callable[..., Any], inputs: Sequence[Any], widened: bool = False
-) -> list[Any] | None:
-    """Results, inputs after the call and buffers after the call, each run from the same state."""
+def _check_other_weights(function: Callable[..., Any], compiled: traced.Traced, inputs: Sequence[Any]) -> None:
+    """Compare with eager after an update of the weights. Scaling them keeps what is zero or infinite."""
+    weights = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    floating = [weight for weight in weights if weight.is_floating_point()]
+    if not floating:
+        return
+    saved = [weight.detach().clone() for weight in floating]
+    try:
+        for weight in floating:
+            weight.mul_(1.25)
+        optimised = _run(compiled, function, inputs).values
+        eager, exact = (_run(function, function, inputs, widened=widened).values for widened in (False, True))
+    finally:
+        for weight, value in zip(floating, saved, strict=True):
+            weight.copy_(value)
+    found = judge.difference(eager, optimised, exact, "rounding", layout=False)
+    if found is not None:
+        raise AssertionError(f"results differ from eager after an update of the weights: {found}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """Results, inputs after the call and buffers after the call, and which results share memory with what.
+
+    values is None where a float64 run is not possible.
+    """
+
+    values: list[Any] | None
+    aliases: dict[tuple[int, str], bool]
+
+
+def _run(call: Callable[..., Any], owner: Callable[..., Any], inputs: Sequence[Any], widened: bool = False) -> _Outcome:
+    """One call; whatever it does to the owner's buffers is undone."""
     state = {name: value.detach().clone() for name, value in _state(owner)}
     copies = _copies(inputs)
     torch.manual_seed(0)
     try:
         results = wide.run_wide(call, copies) if widened else call(*copies)
         if results is None and widened:
-            return None
-        found = [leaf for leaf in (*tree_leaves(results), *tree_leaves(copies)) if leaf is not None]
-        return found + [value.detach().clone() for _, value in _state(owner)]
+            return _Outcome(None, {})
+        made, given = tree_leaves(results), tree_leaves(copies)
+        found = [leaf for leaf in (*made, *given) if leaf is not None]
+        return _Outcome(found + [value.detach().clone() for _, value in _state(owner)], judge.alias_sets(made, given))
     finally:
         with torch.no_grad():
             for name, value in _state(owner):

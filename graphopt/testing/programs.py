@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from graphopt.verify import execution
 
 _SIZES = (2, 3, 4, 5, 1)
+_CAUSAL = "torch.arange({a}.shape[-1]) <= torch.arange({a}.shape[-2])[:, None]"
 _SCALARS = (1.0, 0.0, 2.0, 0.5, -1.5, 1e-3)
 
 
@@ -51,8 +52,12 @@ def programs(
     most_steps: int = 8,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
     in_place: bool = True,
+    random: bool = True,
 ) -> Program:
-    """Programs of up to `most_steps` operations on one to three tensors, which share sizes and so may broadcast."""
+    """Programs of up to `most_steps` operations on one to three tensors, which share sizes and so may broadcast.
+
+    in_place: with updates of inputs; random: with draws of random numbers, which a pass must not reorder.
+    """
     rank = draw(st.integers(1, 3))
     sizes = [draw(st.sampled_from(_SIZES)) for _ in range(rank)]
     dtype = draw(st.sampled_from(dtypes))
@@ -65,7 +70,8 @@ def programs(
     for number in range(draw(st.integers(1, most_steps))):
         source = values[draw(st.integers(0, len(values) - 1))]
         other = values[draw(st.integers(0, len(values) - 1))]
-        text = _step(draw, source, other, in_place and source.name.startswith("x") and number > 0)
+        updates = in_place and source.name.startswith("x") and number > 0
+        text = _step(draw, source, other, in_place=updates, random=random)
         try:
             # Later steps need the shapes only; a step that eager refuses is left out.
             made = eval(text, {"torch": torch}, {value.name: value.example.clone() for value in values})
@@ -83,7 +89,7 @@ def programs(
     return Program(source_text, scope["program"], inputs)
 
 
-def _step(draw: st.DrawFn, source: _Value, other: _Value, in_place: bool) -> str:
+def _step(draw: st.DrawFn, source: _Value, other: _Value, *, in_place: bool, random: bool) -> str:
     """One expression of the chosen values."""
     a, b = source.name, other.name
     rank = source.example.dim()
@@ -102,6 +108,8 @@ def _step(draw: st.DrawFn, source: _Value, other: _Value, in_place: bool) -> str
         f"torch.nn.functional.gelu({a})",
         f"torch.maximum({a}, {b})",
         f"torch.where({a} > {scalar}, {a}, {b})",
+        f"torch.exp({a})",
+        f"torch.neg({a})",
         f"{a}.clone()",
         f"{a}.to(torch.float32)",
         f"{a}.to(torch.bfloat16)",
@@ -125,12 +133,22 @@ def _step(draw: st.DrawFn, source: _Value, other: _Value, in_place: bool) -> str
             f"torch.nn.functional.layer_norm({a}, {a}.shape[-1:])",
             f"{a} * torch.rsqrt({a}.float().pow(2).mean(-1, keepdim=True) + 1e-5).to({a}.dtype)",
             f"{a}.view({a}.shape)",
+            f"{a}.cumsum({dim})",
         ]
     if rank >= 2:
-        choices += [f"{a} @ {a}.transpose(-1, -2)", f"{a}.permute(*reversed(range({rank})))"]
+        choices += [
+            f"{a} @ {a}.transpose(-1, -2)",
+            f"{a}.permute(*reversed(range({rank})))",
+            f"torch.where({_CAUSAL.format(a=a)}, {a}, -1e9)",
+        ]
+    if rank == 2:
+        choices += [f"torch.nn.functional.embedding(torch.arange(3) % {a}.shape[0], {a})"]
+    if random:
+        choices += [f"{a} * torch.rand({a}.shape)"] * 2
     if in_place:
         choices += [f"{a}.add_(1.0)", f"{a}.mul_({scalar})", f"{a}.select(0, 0).fill_({scalar})"]
-    return draw(st.sampled_from(choices))
+    # By a large number: of this many choices Hypothesis' own sampling repeats a few and leaves out many.
+    return choices[draw(st.integers(0, 1 << 16)) % len(choices)]
 
 
 @st.composite
