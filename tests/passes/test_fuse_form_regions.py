@@ -20,8 +20,8 @@ from tests.backends.graphs import run
 from tests.backends.test_triton_rows import rms_norm
 
 
-def regions(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool | None = None) -> list[list[str]]:
-    """The operators of each region of a function's graph, which must mean the same and be left alone a second time."""
+def assert_formed(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool | None = None) -> GraphModule:
+    """The graph of a function in regions, which must mean the same and be left alone a second time."""
     kept: list[GraphModule] = []
 
     def prepare(graph_module: GraphModule) -> None:
@@ -35,7 +35,12 @@ def regions(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool |
     want = function(*[i.clone() for i in inputs])
     got, _ = run(function, *inputs, prepare=prepare, dynamic=dynamic)
     torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
-    graph_module = kept[0]
+    return kept[0]
+
+
+def regions(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: bool | None = None) -> list[list[str]]:
+    """The operators of each region of a function's graph."""
+    graph_module = assert_formed(function, *inputs, dynamic=dynamic)
     found = []
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
@@ -182,4 +187,4 @@ def test_random_programs_mean_the_same(steps: list[tuple[int, int, int]], rows: 
             values.append(OPERATIONS[operation](values[first % len(values)], values[second % len(values)]))
         return values[-1], values[len(values) // 2] + 0
 
-    regions(function, torch.randn(rows, columns), torch.randn(rows, columns))
+    assert_formed(function, torch.randn(rows, columns), torch.randn(rows, columns))

@@ -72,7 +72,7 @@ def test_off_unless_asked_for() -> None:
     assert_not_applied(through(Quantize("int8")), Speaker(tied=False), [IDS])
 
 
-def refused(model: nn.Module, reason: str, quantize: Quantize | None = None, inputs: list | None = None) -> None:
+def assert_refused(model: nn.Module, reason: str, quantize: Quantize | None = None, inputs: list | None = None) -> None:
     asked = quantize or Quantize("int8", embeddings=True)
     assert_not_applied(through(asked), model, inputs or [IDS], reason=reason)
 
@@ -86,19 +86,19 @@ def test_refuses_a_table_computed_in_the_graph() -> None:
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return nn.functional.embedding(ids, self.table * 2)
 
-    refused(Computed(), "the table is computed in the graph")
+    assert_refused(Computed(), "the table is computed in the graph")
 
 
 def test_refuses_names_left_out_by_the_user() -> None:
-    refused(nn.Embedding(20, 64), "skip='weight'", Quantize("int8", embeddings=True, skip="weight"))
+    assert_refused(nn.Embedding(20, 64), "skip='weight'", Quantize("int8", embeddings=True, skip="weight"))
 
 
 def test_refuses_a_table_that_would_not_shrink() -> None:
-    refused(nn.Embedding(20, 1), "as int8-g64 it would take 1320 bytes instead of 80")
+    assert_refused(nn.Embedding(20, 1), "as int8-g64 it would take 1320 bytes instead of 80")
 
 
 def test_refuses_a_table_that_is_not_finite() -> None:
     model = nn.Embedding(20, 64)
     with torch.no_grad():
         model.weight[0, 0] = float("nan")
-    refused(model, "the table holds infinities, NaN")
+    assert_refused(model, "the table holds infinities, NaN")

@@ -119,7 +119,7 @@ def test_a_weight_kept_as_k_by_n() -> None:
         assert (y - model(x)).norm() < 0.02 * model(x).norm()
 
 
-def refused(model: nn.Module, inputs: list, quantize: Quantize | str, reason: str) -> None:
+def assert_refused(model: nn.Module, inputs: list, quantize: Quantize | str, reason: str) -> None:
     assert_not_applied(through(quantize), model, inputs, reason=reason)
 
 
@@ -132,7 +132,7 @@ def test_refuses_a_weight_computed_in_the_graph() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, self.base.weight + self.a @ self.a.T)
 
-    refused(LowRank(), [torch.randn(3, 64)], "int8", "computed in the graph")
+    assert_refused(LowRank(), [torch.randn(3, 64)], "int8", "computed in the graph")
 
 
 def test_refuses_an_argument_of_the_call() -> None:
@@ -140,7 +140,7 @@ def test_refuses_an_argument_of_the_call() -> None:
         def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, weight)
 
-    refused(Given(), [torch.randn(3, 64), torch.randn(32, 64)], "int8", "an argument of the call")
+    assert_refused(Given(), [torch.randn(3, 64), torch.randn(32, 64)], "int8", "an argument of the call")
 
 
 def test_refuses_a_part_of_a_parameter() -> None:
@@ -152,11 +152,11 @@ def test_refuses_a_part_of_a_parameter() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, self.weight[:32])
 
-    refused(Part(), [torch.randn(3, 64)], "int8", "a view of a part of a parameter")
+    assert_refused(Part(), [torch.randn(3, 64)], "int8", "a view of a part of a parameter")
 
 
 def test_refuses_a_weight_that_would_not_shrink() -> None:
-    refused(nn.Linear(1, 64), [torch.randn(3, 1)], Quantize("int8", 0), "it would take 320 bytes instead of 256")
+    assert_refused(nn.Linear(1, 64), [torch.randn(3, 1)], Quantize("int8", 0), "it would take 320 bytes instead of 256")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -164,12 +164,12 @@ def test_refuses_a_weight_that_is_not_finite(bad: float) -> None:
     model = nn.Linear(64, 32)
     with torch.no_grad():
         model.weight[3, 4] = bad
-    refused(model, [torch.randn(3, 64)], "int8", "weight: the weight holds infinities, NaN")
+    assert_refused(model, [torch.randn(3, 64)], "int8", "weight: the weight holds infinities, NaN")
 
 
 def test_refuses_names_left_out_by_the_user() -> None:
-    refused(Block(), [torch.randn(3, 64)], Quantize("int8", modules="nothing"), "up.weight: modules='nothing'")
-    refused(Block(), [torch.randn(3, 64)], Quantize("int8", skip="weight"), "down.weight: skip='weight'")
+    assert_refused(Block(), [torch.randn(3, 64)], Quantize("int8", modules="nothing"), "up.weight: modules='nothing'")
+    assert_refused(Block(), [torch.randn(3, 64)], Quantize("int8", skip="weight"), "down.weight: skip='weight'")
 
 
 @pytest.mark.parametrize("tied", [False, True])
