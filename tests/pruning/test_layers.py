@@ -57,13 +57,16 @@ def test_importance_is_the_change_of_the_answer(name: str) -> None:
     assert not any(layer._forward_hooks for layer in stack(model))
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow),
-                                  pytest.param("gemma2", marks=pytest.mark.slow)])  # fmt: skip
-def test_named_layers_are_left_out(name: str) -> None:
+@pytest.mark.parametrize("name, target", [("llama", "reference"),
+                                          pytest.param("llama", "cpu", marks=pytest.mark.rotate(one_in=6)),
+                                          pytest.param("bert", "reference", marks=pytest.mark.slow),
+                                          pytest.param("bert", "cpu", marks=pytest.mark.slow),
+                                          pytest.param("gemma2", "reference", marks=pytest.mark.slow)])  # fmt: skip
+def test_named_layers_are_left_out(name: str, target: str) -> None:
     model = tiny(name)
     prefix = "encoder.layer" if name == "bert" else "model.layers"
     compiled = door.compiled(
-        model, target="reference", strict=True, prune=PruneLayers(drop=(f"{prefix}.1", f"{prefix}.2"))
+        model, target=target, strict=True, prune=PruneLayers(drop=(f"{prefix}.1", f"{prefix}.2"))
     )
     for rows in (2, 3):
         batch = BY_NAME[name].inputs(rows)
@@ -83,13 +86,14 @@ def test_the_least_important_go() -> None:
     torch.testing.assert_close(answer(compiled(**batch)), answer(without(model, 2)(**batch)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_cache_keeps_its_shape() -> None:
+@pytest.mark.parametrize("target", ["reference", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_the_cache_keeps_its_shape(target: str) -> None:
     """What a dropped layer writes into the cache is still there, and generation follows the model without the layer."""
     model = tiny("llama")
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
     batch = BY_NAME["llama"].inputs(2)
     want = without(model, 1).generate(**batch, **settings)
-    model.forward = door.compiled(model.forward, target="reference", prune=PruneLayers(drop=("model.layers.1",)))
+    model.forward = door.compiled(model.forward, target=target, prune=PruneLayers(drop=("model.layers.1",)))
     got = model.generate(**batch, **settings)
     assert got.sequences.tolist() == want.sequences.tolist()
     for one, other in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):

@@ -74,20 +74,22 @@ def test_wanda_asks_how_large_the_inputs_are() -> None:
     assert sparsity.sparsify_weight(weight.t(), "magnitude", "", True).tolist() == [[0, 0, 3, 4, 0, 0, 3, 4]]
 
 
+@pytest.mark.parametrize("target", ["reference", pytest.param("cpu", marks=pytest.mark.rotate(one_in=4))])
 @pytest.mark.parametrize("choice", ["magnitude", "wanda"])
-def test_the_linears_of_a_model(choice: str) -> None:
-    """The compiled model is the one with masked weights, also after a weight has changed."""
+def test_the_linears_of_a_model(choice: str, target: str) -> None:
+    """The compiled model is the one with masked weights, at two batch sizes, also after a weight has changed."""
     subject, twin = Layer(), Layer()
     calibration = graphopt.calibrate(subject, [x(9)]) if choice == "wanda" else None
     option: Any = "2:4" if choice == "magnitude" else Sparsify(choice=choice, calibration=calibration)
-    compiled = door.compiled(subject, target="reference", prune=option)
+    compiled = door.compiled(subject, target=target, strict=True, prune=option)
     for change in (lambda: None, lambda: subject.up.weight.neg_().add_(0.01)):
         change()
         for name, layer in (("up", twin.up), ("down", twin.down)):
             weight = subject.get_submodule(name).weight
             norms = 1.0 if calibration is None else calibration.find(f"{name}.weight").rows.float().norm(dim=0)
             layer.weight.copy_(torch.where(sparsity.keep_largest(weight.abs() * norms), weight, 0))
-        torch.testing.assert_close(compiled(x()), twin(x()))
+        for rows in (3, 5):
+            torch.testing.assert_close(compiled(x(rows)), twin(x(rows)))
         assert (twin.up.weight == 0).sum() == twin.up.weight.numel() // 2
 
 
