@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from graphopt import PruneHeads, calibrate, head_importance
+from graphopt import Importance, PruneHeads, calibrate, head_importance
 from graphopt.commands.models import find_model, load_model
 from graphopt.pruning import bounds
 from graphopt.pruning.selection import Candidate, give_up
@@ -138,8 +138,35 @@ def minilm(out: Path, count: int) -> dict[str, list[tuple[float, float]]]:
         return float((ranking().argmax(1) == whole.argmax(1)).float().mean())
 
     batch = tokenizer(sentences[count:], return_tensors="pt", padding=True)
-    calibrations = {"greedy": calibrate(model, [dict(batch)], rows=256)}
+    calibrations = {
+        "gradient": _halves(model, tokenizer, sentences[count:]),
+        "greedy": calibrate(model, [dict(batch)], rows=256),
+    }
     return _sweep(model, calibrations, same_first, "same nearest sentence", out / "pruned-heads-minilm")
+
+
+def _halves(model: Any, tokenizer: Any, sentences: list[str], each: int = 10) -> Importance:
+    """By the gradient of what sentence encoders are trained on: to find the second half of a sentence by its first.
+
+    InfoNCE among the halves of `each` sentences, at temperature 0.05, as in SimCSE (Gao et al., 2021).
+    """
+    mask = torch.empty(0)
+
+    def examples() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal mask
+        for start in range(0, len(sentences), each):
+            lines = sentences[start : start + each]
+            halves = [line[: len(line) // 2] for line in lines] + [line[len(line) // 2 :] for line in lines]
+            batch = tokenizer(halves, return_tensors="pt", padding=True)
+            mask = batch["attention_mask"][..., None].float()
+            yield dict(batch)
+
+    def loss(result: Any) -> torch.Tensor:
+        vectors = torch.nn.functional.normalize((result[0] * mask).sum(1) / mask.sum(1), dim=-1)
+        first, second = vectors.chunk(2)
+        return torch.nn.functional.cross_entropy(first @ second.t() / 0.05, torch.arange(len(first)))
+
+    return head_importance(model, examples(), loss=loss)
 
 
 def _sweep(model: Any, calibrations: dict[str, Any], measure: Any, what: str, out: Path) -> Any:
