@@ -18,6 +18,7 @@ from graphopt.pipeline import describe
 from graphopt.pruning import operations
 from graphopt.testing import assert_not_applied, trace
 from graphopt.testing import check_pass as check_fully
+from tests.pruning.models import done_by, frozen
 from tests.suite import door
 from tests.suite.architectures import BY_NAME
 
@@ -144,8 +145,7 @@ class Biased(nn.Module):
 
 
 def mixture(name: str, form: str) -> Any:
-    torch.manual_seed(0)
-    model = BY_NAME[name].build().eval().requires_grad_(False)
+    model = frozen(name)
     model.set_experts_implementation(form)
     for layer in model.model.layers:
         layer.mlp.gate = Biased(layer.mlp.gate)
@@ -169,8 +169,7 @@ def test_refused_where_only_chosen_experts_are_computed(name: str, form: str) ->
     for layer in model.model.layers:
         layer.mlp.experts.gate_up_proj[2], layer.mlp.experts.down_proj[2] = torch.nan, torch.nan
     options = {"target": "reference", "strict": True}
-    report = graphopt.explain(model, options=options, **batch)
-    (made,) = [made for graph in report.graphs for made in graph.passes if made.name == "prune_experts"]
+    (made,) = done_by(graphopt.explain(model, options=options, **batch), "prune_experts")
     assert [refusal.reason for refusal in made.refusals] == [
         "experts 2: only experts that are chosen are computed: those that never are cost nothing"
     ] * 2

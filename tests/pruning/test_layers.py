@@ -12,6 +12,7 @@ from torch import nn
 import graphopt
 from graphopt import PruneLayers, backend, layer_importance
 from graphopt.errors import OptionError
+from tests.pruning.models import done_by
 from tests.suite import door
 from tests.suite.architectures import BY_NAME
 
@@ -102,8 +103,7 @@ def test_the_cache_keeps_its_shape(target: str) -> None:
 
 def refusals(model: Any, batch: Any, *names: str) -> list[str]:
     report = graphopt.explain(model, options={"target": "reference", "prune": PruneLayers(drop=names)}, **batch)
-    return [r.reason for graph in report.graphs for made in graph.passes if made.name == "drop_layers"
-            for r in made.refusals]  # fmt: skip
+    return [refusal.reason for done in done_by(report, "drop_layers") for refusal in done.refusals]
 
 
 def test_refused_when_there_is_no_such_layer() -> None:

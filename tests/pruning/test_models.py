@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graphopt
+from tests.pruning.models import done_by, frozen
 from tests.suite import door
 from tests.suite.architectures import BY_NAME
 
@@ -26,8 +27,7 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
 
 def dying(name: str) -> Any:
     """A tiny model in which the second head of each attention and 16 channels of each FFN are dead."""
-    torch.manual_seed(0)
-    model = BY_NAME[name].build().eval().requires_grad_(False)
+    model = frozen(name)
     heads, channels, transposed = READERS[name]
     size = 8 if name in ("t5", "bart") else 16
     for path, module in model.named_modules():
@@ -43,7 +43,7 @@ def dying(name: str) -> Any:
 
 
 def pruned(report: graphopt.Report) -> int:
-    return sum(made.rewrites for graph in report.graphs for made in graph.passes if made.name == "prune_dead")
+    return sum(done.rewrites for done in done_by(report, "prune_dead"))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,7 @@ def test_quantised_and_pruned() -> None:
     got, want = subject(**batch).logits, model(**batch).logits
     assert (got - want).norm() <= 0.05 * want.norm()
     report = graphopt.explain(model, options={"target": "reference", "quantize": "int8"}, **batch)
-    made = {name: sum(p.rewrites for g in report.graphs for p in g.passes if p.name == name) for name in
-            ("prune_dead", "quantize_linears")}  # fmt: skip
-    assert made["prune_dead"] >= 4 and made["quantize_linears"] >= 4
+    assert pruned(report) >= 4 and sum(done.rewrites for done in done_by(report, "quantize_linears")) >= 4
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import graphopt
+from tests.pruning.models import done_by
 from tests.pruning.test_models import dying, pruned
 from tests.suite import door
 from tests.suite.architectures import BY_NAME
@@ -31,8 +32,7 @@ def batch() -> dict[str, torch.Tensor]:
 def refused(model: Any, **arguments: Any) -> tuple[list[str], int]:
     """The reasons of prune_dead, and how much it removed all the same."""
     report = graphopt.explain(model, options=OPTIONS, **batch(), **arguments)
-    made = [made for graph in report.graphs for made in graph.passes if made.name == "prune_dead"]
-    return [refusal.reason for one in made for refusal in one.refusals], pruned(report)
+    return [refusal.reason for done in done_by(report, "prune_dead") for refusal in done.refusals], pruned(report)
 
 
 def test_attention_weights_returned_to_the_caller(model: Any) -> None:
