@@ -80,11 +80,12 @@ class Server:
 
     def copied_per_token(self, count: int) -> float | None:
         """Bytes of cache that `count` more steps copied, for each; None where the cache's own code did it unseen."""
+        if not counters["graphs"]:
+            return None
         before = counters["kv_bytes_copied"]
         for _ in range(count):
             self.work.step()
-        grown = counters["graphs"] > 0
-        return (counters["kv_bytes_copied"] - before) / count if grown else None
+        return (counters["kv_bytes_copied"] - before) / count
 
     def pass_work(self) -> list[PassWork]:
         """What graphopt's passes did while this worker answered, in order; idle ones left out."""
