@@ -6,43 +6,13 @@
 #pragma once
 
 #include "attention_rows.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int64_t tile_queries = 48;
 // Rows and vectors of sums at a time: what fits in the registers.
 constexpr int tile_rows_at_once = 6, tile_vectors = lanes == 16 ? 4 : 2;
-
-// How packed factors lie and meet; `together` of them along the sum are neighbours.
-template <class S>
-struct TileFloats {
-  using X = float;
-  using V = F;
-  static constexpr int together = 1;
-  static INLINE X packed(typename S::T x) { return S::to_float(x); }
-  static INLINE V vector(const X* p) { return load(p); }
-  static INLINE V everywhere(const X* p) { return splat(*p); }
-  static INLINE F mad(F sum, V a, V b) { return sum + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-struct TilePairs {
-  using X = uint16_t;
-  using V = __m512bh;
-  static constexpr int together = 2;
-  static INLINE X packed(uint16_t x) { return x; }
-  static INLINE V vector(const X* p) { return (V)_mm512_loadu_si512(p); }
-  static INLINE V everywhere(const X* p) { return InPairs::weight(p); }
-  static INLINE F mad(F sum, V a, V b) { return F(_mm512_dpbf16_ps(__m512(sum), a, b)); }
-};
-#endif
-
-template <class S>
-struct TileFactors : TileFloats<S> {};
-#if defined(__AVX512BF16__)
-template <>
-struct TileFactors<Bf16> : TilePairs {};
-#endif
 
 template <class S>
 struct AttentionTiles {
@@ -75,22 +45,6 @@ struct AttentionTiles {
       for (int64_t i = 0; i < task.dim_v; ++i) out[(key / n * dim_v + i) * n + key % n] = M::packed(v[key * task.v_stride[2] + i]);
   }
 
-  // sums[r][c] += left[r] . packed columns from c * lanes: `steps` steps, `stride` elements of `packed` apart.
-  template <int vectors>
-  static INLINE void product(const X* left, int64_t ld, const X* packed, int64_t stride, int64_t steps, F (&sums)[tile_rows_at_once][vectors]) {
-    for (int64_t step = 0; step < steps; ++step, left += M::together, packed += stride) {
-      typename M::V columns[vectors];
-#pragma GCC unroll 4
-      for (int c = 0; c < vectors; ++c) columns[c] = M::vector(packed + c * lanes * M::together);
-#pragma GCC unroll 6
-      for (int r = 0; r < tile_rows_at_once; ++r) {
-        const auto element = M::everywhere(left + r * ld);
-#pragma GCC unroll 4
-        for (int c = 0; c < vectors; ++c) sums[r][c] = M::mad(sums[r][c], element, columns[c]);
-      }
-    }
-  }
-
   struct Tile {
     X* q;
     float *scores, *mask, *acc, *maximum, *total;
@@ -119,7 +73,7 @@ struct AttentionTiles {
     for (int64_t row = 0; row < tile.padded; row += tile_rows_at_once)
       for (int64_t at = 0; at < key_block; at += tile_vectors * lanes) {
         F sums[tile_rows_at_once][tile_vectors] = {};
-        product<tile_vectors>(tile.q + row * dim, dim, keys + at * M::together, key_block * M::together, dim / M::together, sums);
+        tile_product<M>(tile.q + row * dim, dim, keys + at * M::together, key_block * M::together, dim / M::together, sums);
         for (int r = 0; r < tile_rows_at_once; ++r)
           for (int c = 0; c < tile_vectors; ++c) store(tile.scores + (row + r) * key_block + at + c * lanes, sums[r][c] * task.scale);
       }
@@ -132,7 +86,7 @@ struct AttentionTiles {
       for (int c = 0; c < vectors; ++c) sums[r][c] = load(tile.acc + (row + r) * dim_v + at + c * lanes);
     // The weights of a row take the place of its scores.
     const auto* weights = reinterpret_cast<const X*>(tile.scores + row * key_block);
-    product<vectors>(weights, key_block * int64_t(sizeof(float) / sizeof(X)), values + at * M::together, dim_v * M::together,
+    tile_product<M>(weights, key_block * int64_t(sizeof(float) / sizeof(X)), values + at * M::together, dim_v * M::together,
                      key_block / M::together, sums);
     for (int r = 0; r < tile_rows_at_once; ++r)
       for (int c = 0; c < vectors; ++c) store(tile.acc + (row + r) * dim_v + at + c * lanes, sums[r][c]);

@@ -13,6 +13,7 @@ using namespace graphopt;
 #include "attention_tiles.h"
 #include "dequantize.h"
 #include "linear.h"
+#include "linear_columns.h"
 #include "quantized.h"
 
 namespace {
@@ -25,6 +26,7 @@ size_t packed_bytes(Dtype dtype, int64_t m, int64_t k) {
   if (on_tiles(dtype, m)) return panel_bytes(m, k);
 #endif
   size_t bytes = 0;
+  if (by_columns(dtype, m, [&]<class S>(S) { bytes = ColumnLinear<S>::packed_bytes(m, k); })) return bytes;
   with_multiplier(dtype, m, [&]<class M>(M) { bytes = m * round_up(k, M::step) * sizeof(typename M::X); });
   return bytes;
 }
@@ -33,6 +35,7 @@ void pack_rows(Dtype dtype, const void* x, int64_t ldx, PackedRows packed) {
 #if defined(__AMX_BF16__)
   if (on_tiles(dtype, packed.m)) return pack_panel(x, ldx, packed, 0, packed.m);
 #endif
+  if (by_columns(dtype, packed.m, [&]<class S>(S) { ColumnLinear<S>::pack(static_cast<const typename S::T*>(x), ldx, packed); })) return;
   with_multiplier(dtype, packed.m, [&]<class M>(M) { pack_range<M>(x, ldx, packed); });
 }
 
@@ -40,6 +43,7 @@ void linear_rows(Dtype dtype, const LinearTask& task, PackedRows packed, int64_t
 #if defined(__AMX_BF16__)
   if (on_tiles(dtype, packed.m)) return linear_panel(task, packed, begin, end);
 #endif
+  if (by_columns(dtype, packed.m, [&]<class S>(S) { ColumnLinear<S>::range(task, packed, begin, end); })) return;
   with_multiplier(dtype, packed.m, [&]<class M>(M) { linear_range<M>(task, packed, begin, end); });
 }
 
