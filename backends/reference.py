@@ -10,14 +10,17 @@ from torch import fx
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Lowered, choose
 from graphopt.options import Options
+from graphopt.runtime import prologue
 from graphopt.runtime.artifact import Artifact
 
 
-def compile_graph(
-    graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options
-) -> Lowered:
-    """The graph as a boxed callable: it takes one list of inputs, empties it, and returns the list of outputs."""
+def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options) -> Lowered:
+    """The graph as a boxed callable: it takes one list of inputs, empties it, and returns the list of outputs.
+
+    Weights are packed as on every target, once and under a guard: of a released weight nothing but its pack is left.
+    """
     choices = choose(graph_module, ())
+    packing, _ = prologue.hoist(graph_module, inputs, packs_only=True)
 
     def run(boxed: list[Any]) -> Any:
         arguments = tuple(boxed)
@@ -25,4 +28,4 @@ def compile_graph(
         return graph_module.forward(*arguments)
 
     graph_module.recompile()
-    return Lowered(Artifact(run), choices)
+    return Lowered(Artifact(run, packing), choices)

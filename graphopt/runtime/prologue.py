@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -157,25 +157,28 @@ def _resolve(argument: Any, values: list[Any]) -> Any:
     return argument
 
 
-def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue | None, list[Any]]:
+def hoist(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], *, packs_only: bool = False
+) -> tuple[Prologue | None, list[Any]]:
     """Move call-time operations out of the graph, in place. Returns the prologue, if any, and the graph's new inputs.
 
     inputs: the fake inputs of the graph. A call-time operation that reads something computed inside the graph stays
-    where it is and runs there.
+    where it is and runs there. packs_only: move those that pack weights, and nothing else.
     """
+    moved = _packing if packs_only else _call_time.keys()
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     index = {node: position for position, node in enumerate(placeholders)}
     steps: list[Step] = []
     hoisted: list[fx.Node] = []
     for node in graph_module.graph.nodes:
-        if _may_hoist(node, index, hoisted):
+        if _may_hoist(node, index, hoisted, moved):
             function = str(node.target) if str(node.target) in _call_time else node.target.__name__
             kwargs = tuple((key, _frozen(node.kwargs[key], index)) for key in sorted(node.kwargs))
             steps.append(Step(function, _frozen(node.args, index), kwargs))
             index[node] = len(index)
             if str(node.target) in _call_time or node.target is operator.getitem:
                 hoisted.append(node)
-    epilogue = sink(graph_module, index)
+    epilogue = None if packs_only else sink(graph_module, index)
     if not hoisted and epilogue is None:
         return None, list(inputs)
     results = list(range(len(placeholders)))
@@ -203,10 +206,10 @@ def hoist(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Prologue
     return Prologue(tuple(steps), tuple(results), epilogue), new_inputs
 
 
-def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.Node]) -> bool:
+def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.Node], moved: Collection[str]) -> bool:
     if node.op != "call_function" or any(argument not in index for argument in node.all_input_nodes):
         return False
-    if str(node.target) in _call_time:
+    if str(node.target) in moved:
         return True
     if node.target is operator.getitem:
         return node.args[0] in hoisted

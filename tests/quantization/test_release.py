@@ -29,16 +29,15 @@ class Model(nn.Module):
 IDS = torch.arange(10).reshape(2, 5)
 
 
-def compiled(model: nn.Module, scheme: str = "int8"):
-    # The prologue that holds packs belongs to targets that compile.
-    return torch.compile(model, backend=backend, options={"quantize": Quantize(scheme), "target": "inductor"})
+def compiled(model: nn.Module, scheme: str = "int8", target: str = "inductor"):
+    return torch.compile(model, backend=backend, options={"quantize": Quantize(scheme), "target": target})
 
 
-@pytest.fixture
-def released():
+@pytest.fixture(params=("inductor", "reference"))
+def released(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     model = Model()
-    program = compiled(model)
+    program = compiled(model, target=request.param)
     with torch.no_grad():
         before = program(IDS)
     report = graphopt.release_weights(model)
