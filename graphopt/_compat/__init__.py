@@ -40,6 +40,9 @@ from graphopt._compat.fakes import (
     fake_value as fake_value,
 )
 from graphopt._compat.fakes import (
+    lazy_graph_module as lazy_graph_module,
+)
+from graphopt._compat.fakes import (
     new_fake_execution as new_fake_execution,
 )
 from graphopt._compat.fakes import (

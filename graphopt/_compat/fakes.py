@@ -81,6 +81,14 @@ def trace(function: Target, arguments: Sequence[object], decompositions: dict[An
     return make_fx(function, decomposition_table=decompositions, _allow_non_fake_inputs=True)(*arguments)
 
 
+def lazy_graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """`fx.GraphModule(root, graph)` whose code, the dear part, is generated when it is first called."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    made: fx.GraphModule = _LazyGraphModule(root, graph)
+    return made
+
+
 def storage_holders(tensor: torch.Tensor) -> int:
     """How many tensors, C++ or Python objects hold the memory of `tensor`, this question not counted."""
     storage = tensor.untyped_storage()

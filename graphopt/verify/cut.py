@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from graphopt import text
+from graphopt import _compat, text
 from graphopt.edit import Application, Provenance, is_impure, source_line
 from graphopt.verify import execution
 
@@ -231,17 +231,10 @@ def _graph(
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
-    made = fx.GraphModule(graph_module, graph)
-    _erase_dead(made)
-    return made
-
-
-def _erase_dead(graph_module: fx.GraphModule) -> None:
-    """Erase nodes that no output needs, random draws included: a cut holds only what it compares, and what writes."""
-    graph_module.graph.eliminate_dead_code(
-        is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node)
-    )
-    graph_module.recompile()
+    # Random draws that no output needs go too: a cut holds only what it compares, and what writes.
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node))
+    # Of a hundred cuts few are distinct, and only these are run.
+    return _compat.lazy_graph_module(graph_module, graph)
 
 
 def _is_view(node: fx.Node) -> bool:
