@@ -6,8 +6,9 @@ layouts are those of `runtime/kv_paged.py` and `quantization/cache_operations.py
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import sympy
 import torch
@@ -24,72 +25,65 @@ from graphopt.runtime.kv_blocks import BLOCK
 _MOST_BLOCKS = sympy.Integer(2**40)  # of a pool: where indices are simplified, no bound at all
 
 
-class Rows(Protocol):
-    """Rows [B, H, T, D] of keys or values."""
+@dataclasses.dataclass(frozen=True)
+class Rows(abc.ABC):
+    """Rows [B, H, T, D] of keys or values. tensor: the tensor that holds them, or the newest of them."""
+
+    tensor: Node
 
     @property
     def dtype(self) -> torch.dtype:
         """What they count as."""
+        dtype: torch.dtype = self.tensor.meta["val"].dtype
+        return dtype
 
+    @abc.abstractmethod
     def sizes(self, region: Region) -> Index:
         """B, H, T and D."""
 
+    @abc.abstractmethod
     def value(self, e: Evaluator, index: Index) -> Value:
         """The element at an index."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PlainRows:
+class PlainRows(Rows):
     """A tensor, or a view of one."""
 
-    node: Node
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.node.meta["val"].dtype
-        return dtype
-
     def sizes(self, region: Region) -> Index:
-        return region.sizes(self.node)
+        return region.sizes(self.tensor)
 
     def value(self, e: Evaluator, index: Index) -> Value:
-        return e.value(self.node, broadcast_index(index, e.region.sizes(self.node)))
+        return e.value(self.tensor, broadcast_index(index, e.region.sizes(self.tensor)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Tailed:
-    """Rows of which the first `stored` lie elsewhere and the others at the end of a tail."""
+class Tailed(Rows):
+    """Rows of which the first `stored` lie elsewhere and the others at the end of `tensor`, the tail."""
 
-    tail: Node
     length: Any
 
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.tail.meta["val"].dtype
-        return dtype
-
     def sizes(self, region: Region) -> Index:
-        batch, heads, _, size = region.sizes(self.tail)
+        batch, heads, _, size = region.sizes(self.tensor)
         return (batch, heads, region.size(self.length), size)
 
+    @abc.abstractmethod
     def stored(self, region: Region) -> sympy.Expr:
         """How many rows are not in the tail."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stored_value(self, e: Evaluator, index: Index, inside: Guard) -> Value:
         """The element of a row that is not in the tail."""
-        raise NotImplementedError
 
     def value(self, e: Evaluator, index: Index) -> Value:
         batch, head, key, column = index
-        stored, (_, _, rows, _) = self.stored(e.region), e.region.sizes(self.tail)
+        stored, (_, _, rows, _) = self.stored(e.region), e.region.sizes(self.tensor)
         place, uses = e.index_text(key)
         limit, _ = e.index_text(stored)
         inside = e.also(f"{place} + 0 < {limit}", uses, None)
         outside = e.also(f"{place} + 0 >= {limit}", uses, None)
         one = self.stored_value(e, index, inside)
         # The last rows of the tail are those that count.
-        other = e.value(self.tail, (batch, head, key + rows - e.region.size(self.length), column), outside)
+        other = e.value(self.tensor, (batch, head, key + rows - e.region.size(self.length), column), outside)
         text = f"tl.where({inside[0]}, {one.text}, {other.text})"
         return e.settle(text, self.dtype, one.uses | other.uses | uses)
 
@@ -129,7 +123,7 @@ class QuantizedRows(Tailed):
 
     def stored_value(self, e: Evaluator, index: Index, inside: Guard) -> Value:
         batch, head, key, column = index
-        size = e.region.sizes(self.tail)[3]
+        size = e.region.sizes(self.tensor)[3]
         code = self._code(e, (batch, head, key), column, size, inside)
         row = floor_divide(key, sympy.Integer(quantized.GROUP), e.ranges) if self.keys else key
         first, numbers = (column, size) if self.keys else (sympy.Integer(0), sympy.Integer(1))

@@ -70,6 +70,8 @@ def test_arguments_of_other_types_are_refused() -> None:
         direct("attention")(q, q, q, None, True, "1", 0.0, 0, False)
     with pytest.raises(TypeError, match="integer"):
         direct("attention")(q, q, q, None, True, 1.0, 0.0, 0.5, False)
+    with pytest.raises(TypeError, match="expected a bool, got int"):
+        direct("attention")(q, q, q, None, 1, 1.0, 0.0, 0, False)
     with pytest.raises(TypeError, match="expected a list, got Tensor"):
         direct("parallel_linear")(q, q, [None])
 

@@ -102,7 +102,7 @@ def _like_eager(program: programs.Program, dtype: torch.dtype, device: str) -> N
     with torch.no_grad():
         actual = door.compiled(program.function, target="triton")(*inputs)
         exact = [value.double() for value in inputs]
-        compare.same(actual, program.function(*inputs), oracle=lambda: program.function(*exact))
+        compare.assert_same(actual, program.function(*inputs), oracle=lambda: program.function(*exact))
 
 
 def _operators(run: Run) -> None:

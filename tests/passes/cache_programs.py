@@ -79,7 +79,7 @@ def run(function: Callable[..., Any], *inputs: Tensor, **form: Any) -> tuple[Any
     return result, entry.rewrites, [refusal.reason for refusal in entry.refusals]
 
 
-def refused(function: Callable[..., Any], *inputs: Tensor, reason: str, **form: Any) -> None:
+def assert_refused(function: Callable[..., Any], *inputs: Tensor, reason: str, **form: Any) -> None:
     """Check that the pass leaves the function alone, for this one reason, and that its results are eager's."""
     expected = function(*(value.clone() for value in inputs))
     result, rewrites, reasons = run(function, *inputs, **form)

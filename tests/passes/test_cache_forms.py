@@ -56,11 +56,11 @@ def test_a_graph_that_starts_caches_attends_exactly(form: dict[str, Any]) -> Non
     ids=["read by something else", "sliding window", "attention by hand", "one cache for both"],
 )
 def test_refuses(form: dict[str, Any], function: Callable[..., Any], counts: tuple[int, ...], reason: str) -> None:
-    programs.refused(function, *(rows(count) for count in counts), reason=reason, **form)
+    programs.assert_refused(function, *(rows(count) for count in counts), reason=reason, **form)
 
 
 @FORMS
 def test_refuses_a_fixed_cache(form: dict[str, Any]) -> None:
     inputs: tuple[Tensor, ...] = rows(1), rows(50), rows(50), rows(1), torch.tensor([7])
     reason = f"fixed size: {next(iter(form))} is for growing caches"
-    programs.refused(programs.write_in_place, *inputs, reason=reason, **form)
+    programs.assert_refused(programs.write_in_place, *inputs, reason=reason, **form)

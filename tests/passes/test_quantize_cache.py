@@ -32,8 +32,8 @@ def test_a_cache_that_a_graph_starts_is_quantised() -> None:
 
 
 def test_refuses_pairs_of_odd_heads() -> None:
-    programs.refused(decode, *programs.step(50, size=7), reason="cannot be packed in pairs", kv_dtype="int4")
+    programs.assert_refused(decode, *programs.step(50, size=7), reason="cannot be packed in pairs", kv_dtype="int4")
 
 
 def test_refuses_another_dtype() -> None:
-    programs.refused(decode, *programs.step(50, dtype=torch.float64), reason="of float64", kv_dtype="int8")
+    programs.assert_refused(decode, *programs.step(50, dtype=torch.float64), reason="of float64", kv_dtype="int8")

@@ -26,7 +26,7 @@ NAMES = (
 )
 
 
-def within_bound(scheme: schemes.Scheme, weight: torch.Tensor) -> None:
+def assert_within_bound(scheme: schemes.Scheme, weight: torch.Tensor) -> None:
     if not scheme.can_pack(weight):
         assert torch.float16 in scheme.parameter_dtypes and weight.abs().max() > 5e4
         return
@@ -55,7 +55,7 @@ def test_error_is_within_the_schemes_own_bound(
         exponent //= 4
     generator = torch.Generator().manual_seed(seed)
     weight = ((torch.randn(rows, columns, generator=generator) + shift) * 2.0**exponent).to(dtype)
-    within_bound(schemes.named(name), weight)
+    assert_within_bound(schemes.named(name), weight)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +80,7 @@ def test_zero_rows_stay_zero(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [1.0, -1.0, 1e-30, 3e30, -0.3])
 def test_constant_rows_are_within_the_bound(name: str, value: float) -> None:
-    within_bound(schemes.named(name), torch.full((2, 40), value))
+    assert_within_bound(schemes.named(name), torch.full((2, 40), value))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -131,32 +131,109 @@ ARCHITECTURES = (
     _decoder("gpt2", "GPT2LMHeadModel", "GPT2Config", **_SHORT, n_embd=64, n_positions=128),
     _decoder("neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", **WIDE, **ENDS, max_position_embeddings=128),
     _decoder("falcon", "FalconForCausalLM", "FalconConfig", **{**WIDE, **ENDS}, multi_query=True),
-    _decoder("opt", "OPTForCausalLM", "OPTConfig", **WIDE, **ENDS, ffn_dim=96, word_embed_proj_dim=64,
-             max_position_embeddings=128),  # fmt: skip
+    _decoder(
+        "opt",
+        "OPTForCausalLM",
+        "OPTConfig",
+        **WIDE,
+        **ENDS,
+        ffn_dim=96,
+        word_embed_proj_dim=64,
+        max_position_embeddings=128,
+    ),  # fmt: skip
     _decoder("bloom", "BloomForCausalLM", "BloomConfig", **_SHORT, hidden_size=64),
-    _decoder("mpt", "MptForCausalLM", "MptConfig", ("dynamic_cache",), d_model=64, n_layers=2, n_heads=4,
-             max_seq_len=128, **ENDS),  # fmt: skip
+    _decoder(
+        "mpt",
+        "MptForCausalLM",
+        "MptConfig",
+        ("dynamic_cache",),
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=128,
+        **ENDS,
+    ),  # fmt: skip
     _decoder("olmo2", "Olmo2ForCausalLM", "Olmo2Config", **DECODER),
-    _decoder("granite", "GraniteForCausalLM", "GraniteConfig", **DECODER, attention_multiplier=0.2,
-             residual_multiplier=0.5, logits_scaling=2.0, embedding_multiplier=3.0),  # fmt: skip
+    _decoder(
+        "granite",
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        **DECODER,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+        embedding_multiplier=3.0,
+    ),  # fmt: skip
     _decoder("mixtral", "MixtralForCausalLM", "MixtralConfig", **DECODER, **EXPERTS, num_local_experts=4),
-    _decoder("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **DECODER, **EXPERTS, num_experts=4,
-             moe_intermediate_size=32),  # fmt: skip
-    _other("mamba", "MambaForCausalLM", "MambaConfig", _text, ("own_cache",), hidden_size=32, state_size=4,
-           num_hidden_layers=2, **ENDS),  # fmt: skip
-    _other("t5", "T5ForConditionalGeneration", "T5Config", _pair, ("dynamic_cache",), d_model=32, d_kv=8, d_ff=48,
-           num_layers=1, num_heads=4, decoder_start_token_id=0, **ENDS),  # fmt: skip
+    _decoder(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        **DECODER,
+        **EXPERTS,
+        num_experts=4,
+        moe_intermediate_size=32,
+    ),  # fmt: skip
+    _other(
+        "mamba",
+        "MambaForCausalLM",
+        "MambaConfig",
+        _text,
+        ("own_cache",),
+        hidden_size=32,
+        state_size=4,
+        num_hidden_layers=2,
+        **ENDS,
+    ),  # fmt: skip
+    _other(
+        "t5",
+        "T5ForConditionalGeneration",
+        "T5Config",
+        _pair,
+        ("dynamic_cache",),
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        **ENDS,
+    ),  # fmt: skip
     _other("bart", "BartForConditionalGeneration", "BartConfig", _pair, ("dynamic_cache",), **_SEQ2SEQ),
     _other("bert", "BertModel", "BertConfig", _text, **_ENCODER),
     _other("roberta", "RobertaModel", "RobertaConfig", _text, **_ENCODER),
-    _other("distilbert", "DistilBertModel", "DistilBertConfig", _text, dim=32, hidden_dim=48, n_layers=2, n_heads=4,
-           vocab_size=VOCABULARY, max_position_embeddings=64),  # fmt: skip
+    _other(
+        "distilbert",
+        "DistilBertModel",
+        "DistilBertConfig",
+        _text,
+        dim=32,
+        hidden_dim=48,
+        n_layers=2,
+        n_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+    ),  # fmt: skip
     _other("vit", "ViTModel", "ViTConfig", _pixels, **WIDE, image_size=16, patch_size=8),
-    _other("clip", "CLIPModel", "CLIPConfig", _image_and_text, projection_dim=16,
-           text_config={**_TOWER, **ENDS, "eos_token_id": 2, "max_position_embeddings": 16},
-           vision_config={**_TOWER, "image_size": 16, "patch_size": 8}),  # fmt: skip
-    _other("whisper", "WhisperForConditionalGeneration", "WhisperConfig", _speech, **_SEQ2SEQ, num_mel_bins=8,
-           max_source_positions=16, max_target_positions=32),  # fmt: skip
+    _other(
+        "clip",
+        "CLIPModel",
+        "CLIPConfig",
+        _image_and_text,
+        projection_dim=16,
+        text_config={**_TOWER, **ENDS, "eos_token_id": 2, "max_position_embeddings": 16},
+        vision_config={**_TOWER, "image_size": 16, "patch_size": 8},
+    ),  # fmt: skip
+    _other(
+        "whisper",
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        _speech,
+        **_SEQ2SEQ,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=32,
+    ),  # fmt: skip
     Architecture("lstm", Recurrent, _features),
     Architecture("mlp", Perceptron, _features),
 )
@@ -193,7 +270,7 @@ def _check_forward(model: torch.nn.Module, kind: str, architecture: Architecture
     for batch in batches:
         want = _visible(model(**copy.deepcopy(batch)), batch)
         got = _visible(subject(**copy.deepcopy(batch)), batch)
-        compare.same(got, want, strides=False, oracle=functools.partial(_in_float64, exact, batch))
+        compare.assert_same(got, want, strides=False, oracle=functools.partial(_in_float64, exact, batch))
 
 
 def _check_gradients(model: torch.nn.Module, architecture: Architecture, target: str | None,

@@ -37,7 +37,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def same(actual: Any, expected: Any, *, strides: bool = True, oracle: Callable[[], Any] | None = None) -> None:
+def assert_same(actual: Any, expected: Any, *, strides: bool = True, oracle: Callable[[], Any] | None = None) -> None:
     """Raise `Mismatch` unless `actual` has the structure, types, metadata and values of `expected`.
 
     `oracle` computes the same structure in float64; it is asked only when the tolerance is exceeded.
@@ -78,7 +78,7 @@ def aliases(inputs: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor]) -> 
     return pattern
 
 
-def like_eager(
+def assert_like_eager(
     program: Callable[..., Any],
     *inputs: Any,
     target: str | None = None,
@@ -101,7 +101,7 @@ def like_eager(
         expected = eager_program(*eager_inputs)
         torch.manual_seed(call)
         actual = subject(*subject_inputs)
-        same(actual, expected, strides=strides)
+        assert_same(actual, expected, strides=strides)
         got_aliases = aliases(tensors_in(subject_inputs), tensors_in(actual))
         want_aliases = aliases(tensors_in(eager_inputs), tensors_in(expected))
         if got_aliases != want_aliases:
@@ -115,7 +115,7 @@ def like_eager(
     return subject
 
 
-def both_raise(program: Callable[..., Any], *inputs: Any, target: str | None = None) -> None:
+def assert_both_raise(program: Callable[..., Any], *inputs: Any, target: str | None = None) -> None:
     """Require that `program` raises eagerly and compiled, and that the next good call is not needed to recover."""
     for door_side in (program, door.compiled(program, target=target)):
         try:
@@ -131,8 +131,8 @@ def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _same_state(got: Any, want: Any, strides: bool) -> None:
     try:
-        same(got, want, strides=strides)
-        same(_gradients(got), _gradients(want), strides=False)
+        assert_same(got, want, strides=strides)
+        assert_same(_gradients(got), _gradients(want), strides=False)
     except Mismatch as mismatch:
         raise Mismatch("mutation", f"after the call, {mismatch}") from mismatch
 

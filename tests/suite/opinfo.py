@@ -168,9 +168,9 @@ def _compare(case: Case, calls: list[Call], target: str | None, options: dict[st
     actual = _run(case, door.compiled(program, target=target, dynamic=dynamic, **options), subject_calls)
     if operators()[case.op].name in UNINITIALISED:
         actual, expected = (pytree.tree_map_only(torch.Tensor, torch.zeros_like, side) for side in (actual, expected))
-    compare.same(actual["outputs"], expected["outputs"], oracle=lambda: _in_float64(case, calls)["outputs"])
+    compare.assert_same(actual["outputs"], expected["outputs"], oracle=lambda: _in_float64(case, calls)["outputs"])
     for rest in actual.keys() - {"outputs"}:
-        compare.same(
+        compare.assert_same(
             actual[rest], expected[rest], strides=False, oracle=lambda rest=rest: _in_float64(case, calls)[rest]
         )
     got = compare.aliases(compare.tensors_in(subject_calls), compare.tensors_in(actual["outputs"]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.suite import compare, door
-from tests.suite.compare import like_eager
+from tests.suite.compare import assert_like_eager
 
 X = torch.arange(12.0).reshape(3, 4)
 
@@ -124,12 +124,12 @@ PROGRAMS = [value for name, value in list(globals().items()) if name.startswith(
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__.strip("_"))
 def test_one_input(program: Callable[[torch.Tensor], Any], target: str) -> None:
-    like_eager(program, X, target=target)
+    assert_like_eager(program, X, target=target)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__.strip("_"))
 def test_one_transposed_input(program: Callable[[torch.Tensor], Any], target: str) -> None:
-    like_eager(program, X.reshape(4, 3).t(), target=target)
+    assert_like_eager(program, X.reshape(4, 3).t(), target=target)
 
 
 def test_same_tensor_passed_twice(target: str) -> None:
@@ -137,10 +137,10 @@ def test_same_tensor_passed_twice(target: str) -> None:
         x.add_(1)
         return x * y
 
-    subject = like_eager(program, X, X.clone(), target=target)
+    subject = assert_like_eager(program, X, X.clone(), target=target)
     same, twin = X.clone(), X.clone()
-    compare.same(subject(same, same), program(twin, twin))
-    compare.same(same, twin)
+    compare.assert_same(subject(same, same), program(twin, twin))
+    compare.assert_same(same, twin)
 
 
 def test_two_views_of_one_storage(target: str) -> None:
@@ -149,7 +149,7 @@ def test_two_views_of_one_storage(target: str) -> None:
         return y + 1
 
     storage = torch.arange(8.0)
-    like_eager(program, storage[:6], storage[2:], target=target)
+    assert_like_eager(program, storage[:6], storage[2:], target=target)
 
 
 # Not strict: generated code may happen to do the two in the order that is right.
@@ -164,23 +164,23 @@ def test_apart_first_then_overlapping(target: str) -> None:
     subject = door.compiled(program, target=target)
     subject(torch.arange(6.0), torch.arange(6.0))
     got, want = torch.arange(8.0), torch.arange(8.0)
-    compare.same(subject(got[:6], got[2:]), program(want[:6], want[2:]))
-    compare.same(got, want)
+    compare.assert_same(subject(got[:6], got[2:]), program(want[:6], want[2:]))
+    compare.assert_same(got, want)
 
 
 def test_overlapping_input_is_read(target: str) -> None:
-    like_eager(lambda x: x.sum(0) + x[0], torch.arange(4.0).expand(3, 4), target=target)
+    assert_like_eager(lambda x: x.sum(0) + x[0], torch.arange(4.0).expand(3, 4), target=target)
 
 
 def test_overlapping_windows_are_read(target: str) -> None:
-    like_eager(lambda x: x.softmax(-1), torch.arange(10.0).unfold(0, 4, 2), target=target)
+    assert_like_eager(lambda x: x.softmax(-1), torch.arange(10.0).unfold(0, 4, 2), target=target)
 
 
 def test_storage_offset_changes(target: str) -> None:
     storage = torch.arange(32.0)
-    subject = like_eager(lambda x: x.view(2, 4) * 2, storage[:8], target=target)
+    subject = assert_like_eager(lambda x: x.view(2, 4) * 2, storage[:8], target=target)
     for start in (1, 3, 17):
-        compare.same(subject(storage[start : start + 8]), storage[start : start + 8].view(2, 4) * 2)
+        compare.assert_same(subject(storage[start : start + 8]), storage[start : start + 8].view(2, 4) * 2)
 
 
 def test_out_keyword(target: str) -> None:
@@ -189,16 +189,16 @@ def test_out_keyword(target: str) -> None:
         torch.add(x, 1, out=result)
         return result
 
-    like_eager(program, X, target=target)
+    assert_like_eager(program, X, target=target)
     # Functionalisation takes the strides of the sum, not of the memory given.
-    like_eager(program, X.reshape(4, 3).t(), target=target, strides=False)
+    assert_like_eager(program, X.reshape(4, 3).t(), target=target, strides=False)
 
 
 def test_out_keyword_given_by_the_caller(target: str) -> None:
     def program(x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         return torch.mul(x, 2, out=result)
 
-    like_eager(program, X, torch.empty(3, 4), target=target)
+    assert_like_eager(program, X, torch.empty(3, 4), target=target)
 
 
 def test_out_keyword_into_strided_memory(target: str) -> None:
@@ -206,7 +206,7 @@ def test_out_keyword_into_strided_memory(target: str) -> None:
         torch.exp(x, out=result)
         return result + 1
 
-    like_eager(program, X, torch.zeros(4, 3).t(), target=target)
+    assert_like_eager(program, X, torch.zeros(4, 3).t(), target=target)
 
 
 class _Counter(torch.nn.Module):
@@ -223,7 +223,7 @@ class _Counter(torch.nn.Module):
 
 
 def test_buffers_are_mutated(target: str) -> None:
-    like_eager(_Counter(), X, target=target, calls=4)
+    assert_like_eager(_Counter(), X, target=target, calls=4)
 
 
 def test_buffer_returned_is_the_buffer(target: str) -> None:
@@ -240,7 +240,7 @@ def test_buffer_returned_is_the_buffer(target: str) -> None:
     subject = door.compiled(module, target=target)
     with torch.no_grad():
         assert subject(torch.ones(3)) is module.state
-        compare.same(subject(torch.ones(3)), torch.full((3,), 3.0))
+        compare.assert_same(subject(torch.ones(3)), torch.full((3,), 3.0))
 
 
 def test_buffer_replaced_in_forward(target: str) -> None:
@@ -253,13 +253,13 @@ def test_buffer_replaced_in_forward(target: str) -> None:
             self.state = self.state * 2 + x
             return self.state.sum()
 
-    like_eager(Replaces(), torch.arange(3.0), target=target, calls=3)
+    assert_like_eager(Replaces(), torch.arange(3.0), target=target, calls=3)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_statistics(training: bool, target: str) -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.ReLU(inplace=True))
-    like_eager(module.train(training), torch.randn(2, 2, 6, 6), target=target, calls=3)
+    assert_like_eager(module.train(training), torch.randn(2, 2, 6, 6), target=target, calls=3)
 
 
 def test_mutated_argument_in_a_container(target: str) -> None:
@@ -269,7 +269,7 @@ def test_mutated_argument_in_a_container(target: str) -> None:
         state["list"].append(state["x"] * 2)
         return len(state["list"])
 
-    like_eager(program, {"x": X, "list": [X + 1]}, target=target)
+    assert_like_eager(program, {"x": X, "list": [X + 1]}, target=target)
 
 
 def test_mutation_under_no_grad_of_a_parameter(target: str) -> None:
@@ -283,7 +283,7 @@ def test_mutation_under_no_grad_of_a_parameter(target: str) -> None:
                 self.weight.mul_(0.5)
             return (x * self.weight).sum()
 
-    like_eager(Decays(), X, target=target, calls=3, backward=False)
+    assert_like_eager(Decays(), X, target=target, calls=3, backward=False)
 
 
 def test_set_data_inside(target: str) -> None:
@@ -291,4 +291,4 @@ def test_set_data_inside(target: str) -> None:
         x.set_(x.clone() * 2)
         return x + 1
 
-    like_eager(program, X, target=target)
+    assert_like_eager(program, X, target=target)

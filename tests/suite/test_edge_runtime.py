@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.suite import compare, door
-from tests.suite.compare import like_eager
+from tests.suite.compare import assert_like_eager
 
 
 class _Net(torch.nn.Module):
@@ -35,7 +35,7 @@ def test_threads_call_one_function(target: str) -> None:
             with torch.no_grad():
                 for call in range(8):
                     x = torch.randn(2 + (seed + call) % 3, 8, generator=generator)
-                    compare.same(subject(x), module(x))
+                    compare.assert_same(subject(x), module(x))
         except Exception as error:  # a thread must hand its failure over
             wrong.append(f"thread {seed}: {error!r}")
 
@@ -61,7 +61,7 @@ def test_threads_mutate_weights_of_their_own_models(target: str) -> None:
                 for _ in range(6):
                     module.first.weight.copy_(torch.randn(16, 8, generator=generator))
                     x = torch.randn(2, 8, generator=generator)
-                    compare.same(subject(x), module(x))
+                    compare.assert_same(subject(x), module(x))
         except Exception as error:  # a thread must hand its failure over
             wrong.append(f"thread {seed}: {error!r}")
 
@@ -106,8 +106,8 @@ def test_deepcopy_of_a_compiled_module(target: str) -> None:
         subject(x)
         twin = copy.deepcopy(subject)
         twin.first.weight.zero_()
-        compare.same(subject(x), module(x))
-        compare.same(twin(x), copy.deepcopy(module)(x) * 0 + _with_zero_first(module)(x))
+        compare.assert_same(subject(x), module(x))
+        compare.assert_same(twin(x), copy.deepcopy(module)(x) * 0 + _with_zero_first(module)(x))
 
 
 def _with_zero_first(module: _Net) -> _Net:
@@ -125,7 +125,7 @@ def test_compile_method_in_place(target: str) -> None:
     module.compile(backend="graphopt", options={"target": target})
     x = torch.randn(2, 8)
     with torch.no_grad():
-        compare.same(module(x), twin(x))
+        compare.assert_same(module(x), twin(x))
     assert list(module.state_dict()) == list(twin.state_dict())
 
 
@@ -136,7 +136,7 @@ def test_many_instances_of_one_class(target: str) -> None:
     with torch.no_grad():
         for _ in range(2):
             for module, subject in zip(modules, subjects, strict=True):
-                compare.same(subject(x), module(x))
+                compare.assert_same(subject(x), module(x))
 
 
 def test_instances_that_differ_in_an_attribute(target: str) -> None:
@@ -145,7 +145,7 @@ def test_instances_that_differ_in_an_attribute(target: str) -> None:
         for scale in (1.0, 2.0, -0.5):
             module = _Net().eval()
             module.scale = scale
-            compare.same(door.compiled(module, target=target)(x), module(x))
+            compare.assert_same(door.compiled(module, target=target)(x), module(x))
 
 
 def test_attribute_changes_between_calls(target: str) -> None:
@@ -155,7 +155,7 @@ def test_attribute_changes_between_calls(target: str) -> None:
     with torch.no_grad():
         for scale in (1.0, 3.0, 1.0):
             module.scale = scale
-            compare.same(subject(x), module(x))
+            compare.assert_same(subject(x), module(x))
 
 
 def test_hooks_run(target: str) -> None:
@@ -166,11 +166,11 @@ def test_hooks_run(target: str) -> None:
     subject = door.compiled(module, target=target)
     x = torch.randn(2, 8)
     with torch.no_grad():
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
         late = module.first.register_forward_hook(lambda _module, _inputs, output: seen.append(1) or output - 1)
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
         late.remove()
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
 
 
 def test_backward_hooks_run(target: str) -> None:
@@ -181,7 +181,7 @@ def test_backward_hooks_run(target: str) -> None:
     got = module.first.weight.grad
     module.zero_grad()
     module(x).sum().backward()
-    compare.same(got, module.first.weight.grad, strides=False)
+    compare.assert_same(got, module.first.weight.grad, strides=False)
 
 
 @pytest.mark.parametrize("sampler", ["rand", "randn", "dropout", "bernoulli", "randint", "randperm", "multinomial"])
@@ -195,7 +195,7 @@ def test_random_numbers_are_eagers(sampler: str, target: str) -> None:
         "randperm": lambda x: x[torch.randperm(5)],
         "multinomial": lambda x: torch.multinomial(x.softmax(0), 3, replacement=True),
     }
-    like_eager(samplers[sampler], torch.randn(5), target=target, calls=3)
+    assert_like_eager(samplers[sampler], torch.randn(5), target=target, calls=3)
 
 
 def test_two_draws_differ(target: str) -> None:
@@ -212,7 +212,7 @@ def test_dropout_in_training_and_not_in_eval(target: str) -> None:
         torch.manual_seed(5)
         got = subject(x)
         torch.manual_seed(5)
-        compare.same(got, module(x))
+        compare.assert_same(got, module(x))
 
 
 def test_dropout_mask_is_the_same_in_backward(target: str) -> None:
@@ -228,10 +228,10 @@ def test_autocast_around_the_call(dtype: torch.dtype, target: str) -> None:
     subject = door.compiled(module, target=target)
     x = torch.randn(2, 8)
     with torch.no_grad():
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
         with torch.autocast("cpu", dtype=dtype):
-            compare.same(subject(x), module(x))
-        compare.same(subject(x), module(x))
+            compare.assert_same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
 
 
 def test_autocast_inside(target: str) -> None:
@@ -244,7 +244,7 @@ def test_autocast_inside(target: str) -> None:
                 z = x @ weight
         return y, z, x @ weight, y.softmax(-1)
 
-    like_eager(program, torch.randn(2, 8), target=target)
+    assert_like_eager(program, torch.randn(2, 8), target=target)
 
 
 def test_graph_break_in_the_middle(target: str) -> None:
@@ -254,7 +254,7 @@ def test_graph_break_in_the_middle(target: str) -> None:
         y.add_(1)
         return y @ y.t()
 
-    like_eager(program, torch.randn(3, 4), target=target)
+    assert_like_eager(program, torch.randn(3, 4), target=target)
     assert door.graphs_compiled() == 2
 
 
@@ -264,11 +264,11 @@ def test_inference_mode(target: str) -> None:
     x = torch.randn(2, 8)
     with torch.inference_mode():
         got, want = subject(x), module(x)
-        compare.same(got, want)
+        compare.assert_same(got, want)
         assert got.is_inference() == want.is_inference()
     with torch.no_grad():
-        compare.same(subject(x), module(x))
-    compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
+    compare.assert_same(subject(x), module(x))
 
 
 def test_weights_made_in_inference_mode(target: str) -> None:
@@ -277,9 +277,9 @@ def test_weights_made_in_inference_mode(target: str) -> None:
         module = _Net().eval()
         subject = door.compiled(module, target=target)
         x = torch.randn(2, 8)
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
         module.first.weight.mul_(2)
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))
 
 
 def test_grad_mode_toggles(target: str) -> None:
@@ -288,12 +288,12 @@ def test_grad_mode_toggles(target: str) -> None:
     x = torch.randn(2, 8, requires_grad=True)
     for enabled in (True, False, True):
         with torch.set_grad_enabled(enabled):
-            compare.same(subject(x), module(x))
+            compare.assert_same(subject(x), module(x))
 
 
 def test_requires_grad_input_under_no_grad(target: str) -> None:
     with torch.no_grad():
-        like_eager(lambda x: (x * 2, x.view(-1), x), torch.randn(2, 3, requires_grad=True), target=target)
+        assert_like_eager(lambda x: (x * 2, x.view(-1), x), torch.randn(2, 3, requires_grad=True), target=target)
 
 
 def test_vmap_and_functional_call(target: str) -> None:
@@ -302,12 +302,12 @@ def test_vmap_and_functional_call(target: str) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return torch.vmap(lambda row: (row * 2).softmax(0))(x)
 
-    like_eager(program, torch.randn(3, 4), target=target)
+    assert_like_eager(program, torch.randn(3, 4), target=target)
     weights = {name: value.detach() * 2 for name, value in module.named_parameters()}
     subject = door.compiled(lambda w, x: torch.func.functional_call(module, w, (x,)), target=target)
     x = torch.randn(2, 8)
     with torch.no_grad():
-        compare.same(subject(weights, x), torch.func.functional_call(module, weights, (x,)))
+        compare.assert_same(subject(weights, x), torch.func.functional_call(module, weights, (x,)))
 
 
 def test_default_dtype_changes(target: str) -> None:
@@ -319,7 +319,7 @@ def test_default_dtype_changes(target: str) -> None:
 
 def test_tensor_subclass(target: str) -> None:
     parameter = torch.nn.Parameter(torch.randn(3))
-    like_eager(lambda p: (p * 2, p), parameter, target=target)
+    assert_like_eager(lambda p: (p * 2, p), parameter, target=target)
 
 
 def test_results_outlive_the_next_call(target: str) -> None:
@@ -333,4 +333,4 @@ def test_results_outlive_the_next_call(target: str) -> None:
         subject(y)
         assert torch.equal(first, kept)
         first.zero_()
-        compare.same(subject(x), module(x))
+        compare.assert_same(subject(x), module(x))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.suite import compare, door
-from tests.suite.compare import like_eager
+from tests.suite.compare import assert_like_eager
 
 
 class _Block(torch.nn.Module):
@@ -51,38 +51,38 @@ OF_EMPTY: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("shape", SHAPES_OF_EMPTY, ids=str)
 @pytest.mark.parametrize("name", OF_EMPTY)
 def test_empty(name: str, shape: tuple[int, ...], target: str) -> None:
-    like_eager(OF_EMPTY[name], torch.empty(shape), target=target)
+    assert_like_eager(OF_EMPTY[name], torch.empty(shape), target=target)
 
 
 @pytest.mark.parametrize("batch, length", [(0, 3), (2, 0)])
 def test_empty_block(batch: int, length: int, target: str) -> None:
     with torch.no_grad():
-        like_eager(_Block(), torch.empty(batch, length, 16), target=target)
+        assert_like_eager(_Block(), torch.empty(batch, length, 16), target=target)
 
 
 def test_empty_linear_on_both_sides(target: str) -> None:
     with torch.no_grad():
-        like_eager(torch.nn.Linear(4, 0), torch.randn(3, 4), target=target)
-        like_eager(torch.nn.Linear(0, 4), torch.randn(3, 0), target=target)
+        assert_like_eager(torch.nn.Linear(4, 0), torch.randn(3, 4), target=target)
+        assert_like_eager(torch.nn.Linear(0, 4), torch.randn(3, 0), target=target)
 
 
 def test_empty_attention_keys(target: str) -> None:
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 0, 4)
-    like_eager(lambda q, k: F.scaled_dot_product_attention(q, k, k), q, k, target=target)
+    assert_like_eager(lambda q, k: F.scaled_dot_product_attention(q, k, k), q, k, target=target)
 
 
 def test_no_dimensions(target: str) -> None:
     def program(x: torch.Tensor, y: torch.Tensor) -> Any:
         return x + y, x * 2, x.sum(), x.expand(3), x.view(1, 1), y[None], torch.stack([x, y]), x.softmax(0), x.item()
 
-    like_eager(program, torch.tensor(2.0), torch.tensor(3.0), target=target)
+    assert_like_eager(program, torch.tensor(2.0), torch.tensor(3.0), target=target)
 
 
 def test_no_dimensions_mixed_dtypes(target: str) -> None:
     def program(x: torch.Tensor, zero: torch.Tensor) -> Any:
         return x * zero, x + zero.double(), zero.to(torch.int64) + x
 
-    like_eager(program, torch.randn(4).to(torch.bfloat16), torch.tensor(2.0), target=target)
+    assert_like_eager(program, torch.randn(4).to(torch.bfloat16), torch.tensor(2.0), target=target)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1, 3), (1, 5, 1)], ids=str)
@@ -91,7 +91,7 @@ def test_dimensions_of_size_one(shape: tuple[int, ...], target: str) -> None:
         broadcast = x + torch.ones(4, *([1] * x.dim()))
         return x.squeeze(), x.sum(0, keepdim=True), broadcast, x.flip(0), x.std(unbiased=False)
 
-    like_eager(program, torch.randn(shape), target=target)
+    assert_like_eager(program, torch.randn(shape), target=target)
 
 
 def test_sizes_share_graphs(target: str) -> None:
@@ -102,15 +102,15 @@ def test_sizes_share_graphs(target: str) -> None:
     with torch.no_grad():
         for batch, length in sizes:
             x = torch.randn(batch, length, 16)
-            compare.same(subject(x), block(x))
+            compare.assert_same(subject(x), block(x))
         assert door.graphs_compiled() <= 3  # static, one size dynamic, both dynamic
         for batch, length in [(1, 5), (2, 1), (1, 1), (0, 4), (3, 0)]:
             x = torch.randn(batch, length, 16)
-            compare.same(subject(x), block(x))
+            compare.assert_same(subject(x), block(x))
         settled = door.graphs_compiled()
         for batch, length in [*sizes, (1, 9), (6, 1), (1, 1), (0, 2), (2, 0)]:
             x = torch.randn(batch, length, 16)
-            compare.same(subject(x), block(x))
+            compare.assert_same(subject(x), block(x))
         assert door.graphs_compiled() <= settled + 1
     assert settled <= 8
 
@@ -121,7 +121,7 @@ def test_dynamic_from_the_start(target: str) -> None:
     with torch.no_grad():
         for batch, length in [(2, 5), (3, 7), (4, 4), (9, 2)]:
             x = torch.randn(batch, length, 16)
-            compare.same(subject(x), block(x))
+            compare.assert_same(subject(x), block(x))
     assert door.graphs_compiled() == 1
 
 
@@ -133,7 +133,7 @@ def test_marked_dynamic(target: str) -> None:
     for rows in (4, 2, 9):
         x = torch.randn(rows, 5)
         torch._dynamo.mark_dynamic(x, 0)
-        compare.same(subject(x), program(x))
+        compare.assert_same(subject(x), program(x))
     assert door.graphs_compiled() == 1
 
 
@@ -144,10 +144,10 @@ def test_symbolic_arithmetic_on_sizes(target: str) -> None:
         padded = F.pad(x, (0, pad))
         return padded.view(rows, -1, 8).mean(-1), rows * columns + 1, x.numel(), torch.arange(columns) // 2
 
-    subject = like_eager(program, torch.randn(3, 13), target=target, dynamic=True)
+    subject = assert_like_eager(program, torch.randn(3, 13), target=target, dynamic=True)
     for shape in [(2, 16), (5, 9), (4, 31)]:
         x = torch.randn(shape)
-        compare.same(subject(x), program(x))
+        compare.assert_same(subject(x), program(x))
 
 
 def test_equal_sizes_are_not_the_same_size(target: str) -> None:
@@ -159,7 +159,7 @@ def test_equal_sizes_are_not_the_same_size(target: str) -> None:
     subject = door.compiled(program, target=target, dynamic=True)
     for shape in [(4, 4), (4, 6), (4, 3)]:
         x, y = torch.randn(shape), torch.randn(4, shape[1] + 1)
-        compare.same(subject(x, y), program(x, y))
+        compare.assert_same(subject(x, y), program(x, y))
 
 
 def test_strides_change_between_calls(target: str) -> None:
@@ -169,21 +169,21 @@ def test_strides_change_between_calls(target: str) -> None:
     subject = door.compiled(program, target=target)
     whole = torch.randn(4, 8)
     for x in (whole, whole[:, :4], whole.t(), whole[::2], whole[:1].expand(4, 8), torch.randn(8, 4).t()):
-        compare.same(subject(x), program(x))
+        compare.assert_same(subject(x), program(x))
 
 
 def test_channels_last(target: str) -> None:
     module = torch.nn.Conv2d(3, 4, 3, padding=1)
     with torch.no_grad():
-        like_eager(module, torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last), target=target)
+        assert_like_eager(module, torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last), target=target)
 
 
 def test_long_reduction(target: str) -> None:
-    like_eager(lambda x: (x.sum(), x.softmax(0), x.cumsum(0)[-1]), torch.rand(100_003), target=target)
+    assert_like_eager(lambda x: (x.sum(), x.softmax(0), x.cumsum(0)[-1]), torch.rand(100_003), target=target)
 
 
 def test_many_arguments(target: str) -> None:
-    like_eager(lambda *xs: sum(xs), *[torch.full((3,), float(n)) for n in range(70)], target=target)
+    assert_like_eager(lambda *xs: sum(xs), *[torch.full((3,), float(n)) for n in range(70)], target=target)
 
 
 def test_symbolic_window_of_pooling(target: str) -> None:
@@ -195,13 +195,13 @@ def test_symbolic_window_of_pooling(target: str) -> None:
     subject = door.compiled(program, target=target, dynamic=True)
     x = torch.randn(1, 8, 8, 8)
     for height, width in [(5, 7), (3, 2)]:
-        compare.same(subject(x, height, width), program(x, height, width))
+        compare.assert_same(subject(x, height, width), program(x, height, width))
 
 
 @pytest.mark.parametrize("stride", [2, 3])
 def test_gradient_of_padded_pooling(stride: int, target: str) -> None:
     pool = torch.nn.AvgPool1d(7, stride=stride, padding=3, ceil_mode=True)
-    like_eager(pool, torch.randn(1, 2, 9, requires_grad=True), target=target, backward=True)
+    assert_like_eager(pool, torch.randn(1, 2, 9, requires_grad=True), target=target, backward=True)
 
 
 def test_unpooling_in_channels_last(target: str) -> None:
@@ -210,4 +210,4 @@ def test_unpooling_in_channels_last(target: str) -> None:
         return torch.nn.functional.max_unpool2d(values, places, 3, (2, 1))
 
     for batch in (1, 2):
-        like_eager(program, torch.randn(batch, 2, 3, 6).to(memory_format=torch.channels_last), target=target)
+        assert_like_eager(program, torch.randn(batch, 2, 3, 6).to(memory_format=torch.channels_last), target=target)

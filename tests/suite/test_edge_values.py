@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.suite.compare import both_raise, like_eager
+from tests.suite.compare import assert_both_raise, assert_like_eager
 
 ODD = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, 3e38, -1.5])
 INTS = torch.tensor([0, 1, -1, 7, -7, 2**31 - 1, -(2**31)], dtype=torch.int32)
@@ -94,12 +94,12 @@ def _programs(group: list[Callable[[torch.Tensor], Any]]) -> list[Any]:
 def test_odd_values(program: Callable[[torch.Tensor], Any], target: str) -> None:
     if target == "cpu" and program is _silu_gelu:
         pytest.xfail("eager's kernel makes gelu(inf) NaN, its definition and Inductor's C++ make it inf")
-    like_eager(program, ODD, target=target)
+    assert_like_eager(program, ODD, target=target)
 
 
 @pytest.mark.parametrize("program", _programs(OF_INTEGERS))
 def test_integers(program: Callable[[torch.Tensor], Any], target: str) -> None:
-    like_eager(program, INTS, target=target)
+    assert_like_eager(program, INTS, target=target)
 
 
 @pytest.mark.parametrize("left", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool])
@@ -111,12 +111,14 @@ def test_promotion(left: torch.dtype, right: torch.dtype) -> None:
         return *mixed, x.sum() + y.sum(), x == y
 
     x, y = torch.tensor([[1, 0], [3, 1]]).to(left), torch.tensor([[1, 2], [0, 1]]).to(right)
-    like_eager(program, x, y, target="reference")
+    assert_like_eager(program, x, y, target="reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scalars_do_not_widen_half_types(dtype: torch.dtype, target: str) -> None:
-    like_eager(lambda x: (x * 0.1 + 3, x.pow(2).mean(-1), x.softmax(-1)), torch.randn(3, 5).to(dtype), target=target)
+    assert_like_eager(
+        lambda x: (x * 0.1 + 3, x.pow(2).mean(-1), x.softmax(-1)), torch.randn(3, 5).to(dtype), target=target
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -128,39 +130,39 @@ def test_floor_division_and_remainder(dtype: torch.dtype, divisor: float, target
     def program(x: torch.Tensor, y: torch.Tensor) -> Any:
         return x // divisor, x // y, x % divisor, x % y, torch.div(x, y, rounding_mode="floor")
 
-    like_eager(program, values, torch.full((1,), divisor).to(dtype), target=target)
+    assert_like_eager(program, values, torch.full((1,), divisor).to(dtype), target=target)
 
 
 def test_explicit_rounding_to_bfloat16_is_kept(target: str) -> None:
     """A cast down and up again loses bits on purpose."""
-    like_eager(lambda x: x.to(torch.bfloat16).to(torch.float32) + 1, torch.randn(64), target=target)
+    assert_like_eager(lambda x: x.to(torch.bfloat16).to(torch.float32) + 1, torch.randn(64), target=target)
 
 
 def test_integer_division_by_zero_raises(target: str) -> None:
-    both_raise(lambda x: x // (x - x), torch.tensor([1, 2]), target=target)
+    assert_both_raise(lambda x: x // (x - x), torch.tensor([1, 2]), target=target)
 
 
 def test_index_out_of_range_raises(target: str) -> None:
-    both_raise(lambda x, i: x[i] + 1, torch.randn(3), torch.tensor([1, 5]), target=target)
+    assert_both_raise(lambda x, i: x[i] + 1, torch.randn(3), torch.tensor([1, 5]), target=target)
 
 
 def test_embedding_out_of_range_raises(target: str) -> None:
-    both_raise(lambda w, i: F.embedding(i, w), torch.randn(3, 2), torch.tensor([1, 7]), target=target)
+    assert_both_raise(lambda w, i: F.embedding(i, w), torch.randn(3, 2), torch.tensor([1, 7]), target=target)
 
 
 def test_wrong_shapes_raise_and_right_ones_still_work(target: str) -> None:
     def program(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x @ y
 
-    both_raise(program, torch.randn(2, 3), torch.randn(4, 2), target=target)
-    like_eager(program, torch.randn(2, 3), torch.randn(3, 2), target=target)
+    assert_both_raise(program, torch.randn(2, 3), torch.randn(4, 2), target=target)
+    assert_like_eager(program, torch.randn(2, 3), torch.randn(3, 2), target=target)
 
 
 def test_complex(target: str) -> None:
     def program(x: torch.Tensor) -> Any:
         return x * x.conj(), x.abs(), x.real + x.imag, torch.view_as_real(x), x.exp(), x @ x.mT.conj()
 
-    like_eager(program, torch.randn(3, 3, dtype=torch.complex64), target=target)
+    assert_like_eager(program, torch.randn(3, 3, dtype=torch.complex64), target=target)
 
 
 def test_complex_rotary_embedding(target: str) -> None:
@@ -169,7 +171,7 @@ def test_complex_rotary_embedding(target: str) -> None:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
-    like_eager(program, torch.randn(2, 5, 8), torch.randn(5, 4), target=target)
+    assert_like_eager(program, torch.randn(2, 5, 8), torch.randn(5, 4), target=target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -178,62 +180,64 @@ def test_float8_storage(dtype: torch.dtype, target: str) -> None:
         small = x.to(dtype)
         return small, small.float() * 2, small.to(torch.bfloat16)
 
-    like_eager(program, torch.randn(4, 8), target=target)
+    assert_like_eager(program, torch.randn(4, 8), target=target)
 
 
 def test_float8_input(target: str) -> None:
-    like_eager(lambda x: x.float() @ x.float().t(), torch.randn(4, 8).to(torch.float8_e4m3fn), target=target)
+    assert_like_eager(lambda x: x.float() @ x.float().t(), torch.randn(4, 8).to(torch.float8_e4m3fn), target=target)
 
 
 def test_sparse_is_left_to_torch(target: str) -> None:
     sparse = torch.eye(4).to_sparse()
-    like_eager(lambda s, x: torch.sparse.mm(s, x) + 1, sparse, torch.randn(4, 2), target=target)
+    assert_like_eager(lambda s, x: torch.sparse.mm(s, x) + 1, sparse, torch.randn(4, 2), target=target)
 
 
 def test_sparse_csr_is_left_to_torch(target: str) -> None:
-    like_eager(lambda s, x: s.to_sparse_csr() @ x, torch.eye(4), torch.randn(4, 2), target=target)
+    assert_like_eager(lambda s, x: s.to_sparse_csr() @ x, torch.eye(4), torch.randn(4, 2), target=target)
 
 
 def test_quantised_tensor_is_left_to_torch(target: str) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize() + 1
 
-    like_eager(program, torch.randn(8), target=target)
+    assert_like_eager(program, torch.randn(8), target=target)
 
 
 def test_outputs_that_are_not_tensors(target: str) -> None:
     def program(x: torch.Tensor) -> dict[str, Any]:
         return {"n": x.shape[0], "f": 2.5, "s": "word", "none": None, "t": (x + 1, [x.dim(), x.dtype]), "b": True}
 
-    like_eager(program, torch.randn(3, 4), target=target)
+    assert_like_eager(program, torch.randn(3, 4), target=target)
 
 
 def test_no_tensor_computed(target: str) -> None:
-    like_eager(lambda x, n: (n + 1, x), torch.randn(2), 3, target=target)
+    assert_like_eager(lambda x, n: (n + 1, x), torch.randn(2), 3, target=target)
 
 
 def test_constants_only(target: str) -> None:
-    like_eager(lambda: (torch.arange(6).reshape(2, 3) * 2, torch.full((2,), math.nan), torch.ones(())), target=target)
+    assert_like_eager(
+        lambda: (torch.arange(6).reshape(2, 3) * 2, torch.full((2,), math.nan), torch.ones(())), target=target
+    )
 
 
 def test_python_scalars_as_inputs(target: str) -> None:
-    subject = like_eager(lambda x, s: x * s + s, torch.randn(3), 2.5, target=target)
+    subject = assert_like_eager(lambda x, s: x * s + s, torch.randn(3), 2.5, target=target)
     for scalar in (3.5, -0.0, math.inf, 7, True):
         expected = torch.ones(3) * scalar + scalar
         assert torch.equal(subject(torch.ones(3), scalar), expected), scalar
 
 
 def test_item_and_back(target: str) -> None:
-    like_eager(lambda x: x * x.sum().item() + int(x.argmax()), torch.randn(5), target=target)
+    assert_like_eager(lambda x: x * x.sum().item() + int(x.argmax()), torch.randn(5), target=target)
 
 
 def test_data_dependent_shape(target: str) -> None:
-    like_eager(lambda x: (x[x > 0] * 2, x.nonzero(), x.unique()), torch.randn(9), target=target)
+    assert_like_eager(lambda x: (x[x > 0] * 2, x.nonzero(), x.unique()), torch.randn(9), target=target)
 
 
 def test_data_dependent_branch(target: str) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return x.cos() if x.sum() > 0 else x.sin()
 
-    subject = like_eager(program, torch.ones(3), target=target)
+    subject = assert_like_eager(program, torch.ones(3), target=target)
     assert torch.equal(subject(-torch.ones(3)), program(-torch.ones(3)))

@@ -124,6 +124,8 @@ def test_minilm_encodes(target: str) -> None:
     model, tokenizer = _minilm()
     subject = door.compiled(model, target=target)
     for count in (3, 1, 2):
-        compare.same(_encoded(subject, tokenizer, SENTENCES[:count]), _encoded(model, tokenizer, SENTENCES[:count]))
+        compare.assert_same(
+            _encoded(subject, tokenizer, SENTENCES[:count]), _encoded(model, tokenizer, SENTENCES[:count])
+        )
     meanings = _encoded(subject, tokenizer, SENTENCES)
     assert meanings[0] @ meanings[1] > meanings[0] @ meanings[2] + 0.3

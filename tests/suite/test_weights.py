@@ -166,16 +166,16 @@ def test_next_call_after(change: Callable[[_Layer], Any], target: str) -> None:
     ids = torch.randint(0, 32, (2, 5))
     with torch.no_grad():
         for batch in (ids, ids[:1, :1]):
-            compare.same(subject(batch), layer(batch))
-            compare.same(subject(batch), layer(batch))
+            compare.assert_same(subject(batch), layer(batch))
+            compare.assert_same(subject(batch), layer(batch))
         before = layer(ids)
         change(layer)
         want = layer(ids)
         assert before.dtype != want.dtype or not torch.equal(before, want), "the change must matter"
-        compare.same(subject(ids), want, oracle=lambda: copy.deepcopy(layer).double()(ids))
+        compare.assert_same(subject(ids), want, oracle=lambda: copy.deepcopy(layer).double()(ids))
         # The other shape has code of its own over the same weights.
         small = ids[:1, :1]
-        compare.same(subject(small), layer(small), oracle=lambda: copy.deepcopy(layer).double()(small))
+        compare.assert_same(subject(small), layer(small), oracle=lambda: copy.deepcopy(layer).double()(small))
 
 
 @pytest.mark.parametrize("change", [_in_place, _data_swap, _parameter_swap, _load_state_dict, _module_swap],
@@ -186,9 +186,9 @@ def test_changes_again_and_again(change: Callable[[_Layer], Any], target: str) -
     ids = torch.randint(0, 32, (1, 1))
     with torch.no_grad():
         for _ in range(5):
-            compare.same(subject(ids), layer(ids))
+            compare.assert_same(subject(ids), layer(ids))
             change(layer)
-        compare.same(subject(ids), layer(ids))
+        compare.assert_same(subject(ids), layer(ids))
     assert door.graphs_compiled() <= 3
 
 
@@ -203,7 +203,7 @@ def test_lora_is_trained_between_calls(target: str) -> None:
         subject(ids).square().mean().backward()
         optimizer.step()
         with torch.no_grad():
-            compare.same(subject(ids), layer(ids))
+            compare.assert_same(subject(ids), layer(ids))
 
 
 def test_two_models_share_a_weight(target: str) -> None:
@@ -213,7 +213,7 @@ def test_two_models_share_a_weight(target: str) -> None:
     x = torch.randn(3, 8)
     with torch.no_grad():
         for _ in range(3):
-            compare.same([subject(x) for subject in subjects], [one(x), two(x)])
+            compare.assert_same([subject(x) for subject in subjects], [one(x), two(x)])
             one.weight.mul_(2)
 
 
@@ -223,7 +223,7 @@ def test_model_dies_and_another_takes_its_place(target: str) -> None:
     with torch.no_grad():
         for _ in range(6):
             model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
-            compare.same(door.compiled(model, target=target)(x), model(x))
+            compare.assert_same(door.compiled(model, target=target)(x), model(x))
             del model
 
 
@@ -235,12 +235,12 @@ def test_weight_given_as_an_argument(target: str) -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     with torch.no_grad():
         for _ in range(3):
-            compare.same(subject(x, weight), program(x, weight))
+            compare.assert_same(subject(x, weight), program(x, weight))
             weight.mul_(-1)
-            compare.same(subject(x, weight), program(x, weight))
+            compare.assert_same(subject(x, weight), program(x, weight))
             weight = torch.randn(4, 8)
         wide = torch.randn(8, 4).t()
-        compare.same(subject(x, wide), program(x, wide))
+        compare.assert_same(subject(x, wide), program(x, wide))
 
 
 def test_weights_are_not_modified(target: str) -> None:
@@ -251,5 +251,5 @@ def test_weights_are_not_modified(target: str) -> None:
     with torch.no_grad():
         subject(torch.randint(0, 32, (2, 5)))
         subject(torch.randint(0, 32, (1, 1)))
-    compare.same(dict(layer.state_dict()), dict(kept))
+    compare.assert_same(dict(layer.state_dict()), dict(kept))
     assert addresses == {name: value.data_ptr() for name, value in layer.state_dict().items()}

@@ -27,7 +27,7 @@ struct Attention {
   using T = typename S::T;
   using Dot = typename Values<S>::Dot;
   using X = typename Dot::X;
-  using Weight = typename Values<S>::Weight;
+  using Weight = typename Values<S>::X;
   const AttentionTask& task;
   const int64_t group, of_head, rows, dim, dim_v;  // query heads and rows of a kv head, all rows; dims in whole steps
   X* q;
@@ -126,7 +126,7 @@ struct Attention {
   // ahead: whether to ask for all of the rows to come.
   template <int many, int steps>
   INLINE void add_values(const T* v, int64_t row, int64_t at, int64_t count, bool ahead) {
-    constexpr int keys = Values<S>::keys;
+    constexpr int keys = Values<S>::together;
     F sums[many][2 * steps];
     for (int r = 0; r < many; ++r)
       for (int c = 0; c < 2 * steps; ++c) sums[r][c] = load(acc + (row + r) * dim_v + at + c * lanes);
@@ -139,7 +139,7 @@ struct Attention {
         values[c] = Values<S>::values(from + c * S::step, task.v_stride[2], i + keys <= count, task.dim_v - at - c * S::step);
 #pragma GCC unroll 4
       for (int r = 0; r < many; ++r) {
-        const auto weight = Values<S>::weight(weights(row + r) + column + i);
+        const auto weight = Values<S>::everywhere(weights(row + r) + column + i);
 #pragma GCC unroll 4
         for (int c = 0; c < 2 * steps; ++c) sums[r][c] = Values<S>::mad(sums[r][c], weight, values[c / 2].v[c % 2]);
       }

@@ -19,16 +19,6 @@ struct RowsOf<Bf16> { using type = Bf16; };
 template <class S>
 using CacheRows = typename RowsOf<S>::type;
 
-// Two vectors of numbers as stored, in the order of their elements.
-INLINE void put_in_order(float* out, F a, F b) { store(out, a), store(out + lanes, b); }
-INLINE void put_in_order(uint16_t* out, F a, F b) {
-#if defined(__AVX512BF16__)
-  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
-#else
-  for (int i = 0; i < lanes; ++i) out[i] = Bf16::from_float(a[i]), out[lanes + i] = Bf16::from_float(b[i]);
-#endif
-}
-
 // How codes of one kind become numbers, before scale and offset: a vector of them from a row's bytes, element i on.
 template <CacheKind kind>
 struct CacheCode {
@@ -63,9 +53,9 @@ INLINE void cache_row(const uint8_t* codes, const float* scale, const float* off
     return Code::has_offset ? number + (keys ? load(offset + i) : splat(offset[0])) : number;
   };
   int64_t i = 0;
-  // A pair of vectors must not lie across the halves of a row of nibbles.
-  if (!Code::has_offset || half % (2 * lanes) == 0)
-    for (; i + 2 * lanes <= dim; i += 2 * lanes) put_in_order(out + i, vector(i), vector(i + lanes));
+  // A vector must not lie across the halves of a row of nibbles.
+  if (!Code::has_offset || half % lanes == 0)
+    for (; i + lanes <= dim; i += lanes) S::put_in_order(out + i, vector(i));
   for (; i < dim; ++i) {
     const float number = Code::number(codes, i, half) * scale[keys ? i : 0];
     out[i] = S::from_float(Code::has_offset ? number + offset[keys ? i : 0] : number);

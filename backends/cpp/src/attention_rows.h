@@ -25,7 +25,7 @@ INLINE void load_mask_row(const AttentionTask& task, int64_t batch, int64_t head
 // maximum: `size` elements of sums. mask: the row to add, or null.
 template <class S>
 INLINE void weigh_row(const AttentionTask& task, int64_t query, int64_t begin, int64_t count, const float* mask, float* s,
-                      typename Values<S>::Weight* weights, int64_t size, float* sums, float& maximum, float& total) {
+                      typename Values<S>::X* weights, int64_t size, float* sums, float& maximum, float& total) {
   for (int64_t i = count; i < key_block; ++i) s[i] = minus_infinity;
   if (task.softcap != 0.0f)
     for (int64_t i = 0; i < count; i += lanes) store(s + i, softcapped(load(s + i), task.softcap));

@@ -127,7 +127,7 @@ struct AttentionTiles {
       for (int64_t row = 0; row < tile.rows; ++row) {
         float* s = tile.scores + row * key_block;
         const float* add = masked ? tile.mask + (task.mask_stride[2] == 0 ? 0 : row) * key_block : nullptr;
-        weigh_row<S>(task, first + row, begin, count, add, s, reinterpret_cast<typename Values<S>::Weight*>(s), dim_v,
+        weigh_row<S>(task, first + row, begin, count, add, s, reinterpret_cast<X*>(s), dim_v,
                      tile.acc + row * dim_v, tile.maximum[row], tile.total[row]);
       }
       add_values(tile, block + key_block * dim);

@@ -1,37 +1,32 @@
 // How weights meet values, by storage type: the weights of a row of scores, and the sums of weighted values.
 //
-// `keys` keys go together. Sums lie in the order that costs least; `put` knows it.
+// `together` keys go together, see tiles.h. Sums lie in the order that costs least; `put` knows it.
 #pragma once
 
 #include "linear.h"
+#include "tiles.h"
 
 namespace {
 
 // Products and sums in fp32.
 template <class S>
-struct InFloats {
+struct InFloats : TileFloats<S> {
   using T = typename S::T;
   using Dot = Exact<S>;
-  using Weight = float;
   using Pair = typename S::Pair;
-  static constexpr int keys = 1;
   // The next step of one key; `left` elements of it are there.
   static INLINE Pair values(const T* v, int64_t, bool, int64_t left) { return left >= S::step ? S::pair(v) : pair_tail<S>(v, left); }
-  static INLINE F weight(const Weight* w) { return splat(*w); }
-  static INLINE F mad(F sum, F w, F v) { return sum + w * v; }
-  static INLINE void put_weights(Weight* out, F a, F b) { store(out, a), store(out + lanes, b); }
+  static INLINE void put_weights(float* out, F a, F b) { store(out, a), store(out + lanes, b); }
   static INLINE void put(T* out, F a, F b) { S::put(out, {a, b}); }
 };
 
 #if defined(__AVX512BF16__)
 // Weights are rounded to bf16, as torch's own attention does; two keys at a time are summed in fp32 by one instruction,
 // straight from storage. Scores are exact: their factors are bf16.
-struct InPairs {
+struct InPairs : TilePairs {
   using T = uint16_t;
   using Dot = Paired;
-  using Weight = uint16_t;
-  struct Pair { __m512bh v[2]; };
-  static constexpr int keys = 2;
+  struct Pair { V v[2]; };
   static INLINE __m512i row(const T* v, int64_t left) {
     return left >= 32 ? _mm512_loadu_si512(v) : _mm512_maskz_loadu_epi16((__mmask32(1) << left) - 1, v);
   }
@@ -40,13 +35,7 @@ struct InPairs {
     const __m512i one = row(v, left), other = both ? row(v + stride, left) : _mm512_setzero_si512();
     return {(__m512bh)_mm512_unpacklo_epi16(one, other), (__m512bh)_mm512_unpackhi_epi16(one, other)};
   }
-  static INLINE __m512bh weight(const Weight* w) {
-    int two;
-    __builtin_memcpy(&two, w, sizeof two);
-    return (__m512bh)_mm512_set1_epi32(two);
-  }
-  static INLINE F mad(F sum, __m512bh w, __m512bh v) { return F(_mm512_dpbf16_ps(__m512(sum), w, v)); }
-  static INLINE void put_weights(Weight* out, F a, F b) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(b), __m512(a))); }
+  static INLINE void put_weights(X* out, F a, F b) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(b), __m512(a))); }
   static INLINE void put(T* out, F a, F b) {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     _mm512_storeu_si512(out, _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(__m512(b), __m512(a))));

@@ -80,7 +80,9 @@ struct Argument<int64_t> {
 template <>
 struct Argument<bool> {
   bool value;
-  explicit Argument(PyObject* object) : value(object == Py_True) {}
+  explicit Argument(PyObject* object) : value(object == Py_True) {
+    TORCH_CHECK_TYPE(PyBool_Check(object), "expected a bool, got ", Py_TYPE(object)->tp_name);
+  }
 };
 template <>
 struct Argument<c10::string_view> {

@@ -1,8 +1,9 @@
 // Small-batch linear: weight rows are streamed once, in the order they lie in memory, against rows of x kept in cache.
 //
 // A row-major [n, k] weight needs no packing for this: a dot product along k reads it contiguously. For up to four rows
-// of x the weight is read exactly as it lies, which the hardware's prefetcher follows best; for more, four weight rows go
-// together, so that each load of x is used four times. The horizontal sums of four rows share their shuffles.
+// of x the weight is read exactly as it lies, which the hardware's prefetcher follows best. More go by linear_columns.h
+// where the instruction set multiplies the weight as it is stored; else four weight rows go together, so that each load
+// of x is used four times. The horizontal sums of four rows share their shuffles.
 #pragma once
 
 #include "vec.h"

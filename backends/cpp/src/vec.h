@@ -105,7 +105,13 @@ struct Bf16 {
     return (reinterpret_cast<U>(is_nan) & nan) | (~reinterpret_cast<U>(is_nan) & rounded);
   }
   static INLINE void put(T* p, Pair a) { *reinterpret_cast<Um*>(p) = round(a.v[0]) | (round(a.v[1]) << 16); }
-  static INLINE void put_in_order(T* p, F a) { *reinterpret_cast<Hm*>(p) = __builtin_convertvector(round(a), H); }
+  static INLINE void put_in_order(T* p, F a) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(__m512(a)));  // flushes subnormals
+#else
+    *reinterpret_cast<Hm*>(p) = __builtin_convertvector(round(a), H);
+#endif
+  }
   static INLINE int place(int i) { return i % 2 * lanes + i / 2; }
   static INLINE float to_float(T x) { return bits_to_float(uint32_t(x) << 16); }
   static INLINE T from_float(float x) {
