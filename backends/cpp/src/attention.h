@@ -70,23 +70,26 @@ struct Attention {
     if (reads_ahead) prefetch_rows(rows + larger(1, rows_ahead_bytes / bytes) * stride[2], count, stride[2], span(stride, size));
   }
 
+  // Calls pass<many>(row) for rows [row, last), at most `most` (1 to 4) at a time.
+  template <int most, class Pass>
+  static INLINE void in_passes(int64_t row, int64_t last, const Pass& pass) {
+    for (; last - row >= most; row += most) pass.template operator()<most>(row);
+    if (most > 3 && last - row == 3) return pass.template operator()<3>(row);
+    if (most > 2 && last - row == 2) return pass.template operator()<2>(row);
+    if (most > 1 && last - row == 1) return pass.template operator()<1>(row);
+  }
+
   // scores[row][i] = q[row] . k[begin + i], for the rows of one kv head, the first of which is `first`.
   template <int keys>
   INLINE void score_keys(const T* k, int64_t first, int64_t i) {
-    const int64_t last = first + of_head;
-    int64_t row = first;
-    auto pass = [&]<int columns>() INLINE_LAMBDA {
+    in_passes<columns_at_once>(first, first + of_head, [&]<int columns>(int64_t row) INLINE_LAMBDA {
       F sums[keys][columns];
       dot_block<Dot, keys, columns, false>(k, task.k_stride[2], q + row * dim, dim, task.dim, Ahead{}, sums);
       for (int c = 0; c < columns; ++c, ++row) {
         F4 four = sum4(sums[0][c], sums[1 % keys][c], sums[2 % keys][c], sums[3 % keys][c]) * task.scale;
         for (int r = 0; r < keys; ++r) scores[row * key_block + column + i + r] = four[r];
       }
-    };
-    while (last - row >= columns_at_once) pass.template operator()<columns_at_once>();
-    if (columns_at_once > 2 && last - row == 3) pass.template operator()<3>();
-    if (columns_at_once > 2 && last - row == 2) pass.template operator()<2>();
-    if (last - row == 1) pass.template operator()<1>();
+    });
   }
 
   // The keys of kv heads [from, to) of the piece, in the order in which they lie.
@@ -114,11 +117,13 @@ struct Attention {
       load_mask_row<S>(task, piece.batch, head(piece, row), query(row), begin, count, mask + row * key_block);
   }
 
-  void softmax_block(int64_t begin, int64_t count) {
+  template <class W>
+  void softmax_block(int64_t begin, int64_t count, float* sums) {
     for (int64_t row = 0; row < rows; ++row) {
       const float* add = mask + (task.mask_stride[1] == 0 ? query(row) : row) * key_block;
-      weigh_row<S>(task, query(row), begin, count, task.mask_kind == AttentionTask::none ? nullptr : add, scores + row * key_block,
-                   weights(row), dim_v, acc + row * dim_v, maximum[row], total[row]);
+      float* own = scores + row * key_block;
+      weigh_row<W>(task, query(row), begin, count, task.mask_kind == AttentionTask::none ? nullptr : add, own,
+                   reinterpret_cast<typename Values<W>::X*>(own), dim_v, sums + row * dim_v, maximum[row], total[row]);
     }
   }
 
@@ -161,16 +166,10 @@ struct Attention {
                     begin * task.v_stride[2];
     for (int64_t h = from; h < to; ++h) {
       const T* at = v + h * task.v_stride[1];
-      const int64_t first = h * of_head, last = first + of_head;
-      int64_t row = first;
-      auto pass = [&]<int many>() INLINE_LAMBDA {
+      const int64_t first = h * of_head;
+      in_passes<columns_at_once>(first, first + of_head, [&]<int many>(int64_t row) INLINE_LAMBDA {
         add_rows<many>(at, row, count, h == 0 && row == first);
-        row += many;
-      };
-      while (last - row >= columns_at_once) pass.template operator()<columns_at_once>();
-      if (columns_at_once > 2 && last - row == 3) pass.template operator()<3>();
-      if (columns_at_once > 2 && last - row == 2) pass.template operator()<2>();
-      if (last - row == 1) pass.template operator()<1>();
+      });
     }
   }
 
@@ -199,10 +198,18 @@ struct Attention {
     for (int64_t row = 0; row < rows; ++row) maximum[row] = minus_infinity, total[row] = 0.0f;
   }
 
-  // Scores of keys [begin, begin + count) to weights.
-  void weigh_block(const AttentionPiece& piece, int64_t begin, int64_t count) {
+  // Scores of keys [begin, begin + count) to weights as values of type W meet; `sums` is what they will be added to.
+  template <class W>
+  void weigh_block(const AttentionPiece& piece, int64_t begin, int64_t count, float* sums) {
     if (task.mask_kind != AttentionTask::none) load_mask(piece, begin, count);
-    softmax_block(begin, count);
+    softmax_block<W>(begin, count, sums);
+  }
+  void weigh_block(const AttentionPiece& piece, int64_t begin, int64_t count) { weigh_block<S>(piece, begin, count, acc); }
+
+  // Takes over sums that were made elsewhere, in the order of the values.
+  void take(const float* sums) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < dim_v; ++i) acc[row * dim_v + i / S::step * S::step + Values<S>::place(i % S::step)] = sums[row * dim_v + i];
   }
 
   void run(const AttentionPiece& piece) {

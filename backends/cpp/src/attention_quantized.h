@@ -3,7 +3,7 @@
 // is that of graphopt/quantization/cache_operations.py: packed rows first, then a tail of rows in the model's dtype.
 #pragma once
 
-#include "attention.h"
+#include "attention_codes.h"
 #include "codes.h"
 
 namespace {
@@ -106,7 +106,7 @@ struct QuantizedAttention {
   Number *keys, *values;
   float* params;
 
-  static int64_t block_floats(const AttentionTask& t) {
+  static int64_t row_floats(const AttentionTask& t) {
     return key_block * (round_up(t.dim, Rows::step) + round_up(t.dim_v, Rows::step)) + 2 * larger(t.dim, t.dim_v);
   }
 
@@ -136,11 +136,32 @@ struct QuantizedAttention {
         out[row * out_stride + i] = Rows::from_float(S::to_float(from[(begin + row - rows.packed) * stride[2] + i]));
   }
 
+  static int64_t block_floats(const AttentionTask& t) {
+#if defined(__AVX512VNNI__)
+    return larger(row_floats(t), CodeAttention<CacheKind::int8, Rows>::scratch_floats(t));
+#endif
+    return row_floats(t);
+  }
+
+  // Does the rows at the front whose codes can be met as they are; returns the first that is left.
+  int64_t meet_codes(Attention<Rows>& work, const AttentionPiece& piece) {
+#if defined(__AVX512VNNI__)
+    const auto with = [&]<CacheKind kind>() { return CodeAttention<kind, Rows>(work, task, k, v, params).run(piece); };
+    if (task.dim > longest_code_row) return piece.begin;
+    if (k.kind == CacheKind::int8) return with.template operator()<CacheKind::int8>();
+    if (k.kind == CacheKind::int4) return with.template operator()<CacheKind::int4>();
+#endif
+#if defined(__AVX512BF16__)
+    if (k.kind == CacheKind::fp8) return with.template operator()<CacheKind::fp8>();
+#endif
+    return piece.begin;
+  }
+
   void run(const AttentionPiece& piece, float* scratch) {
     Attention<Rows> work(block, scratch, piece.part);
     work.reads_ahead = false;
     work.start(piece);
-    for (int64_t begin = piece.begin; begin < piece.end;) {
+    for (int64_t begin = meet_codes(work, piece); begin < piece.end;) {
       const int64_t border = begin < k.packed ? smaller(k.packed, piece.end) : piece.end;
       const int64_t count = smaller(key_block, border - begin);
       for (int64_t h = 0; h < task.together; ++h) {

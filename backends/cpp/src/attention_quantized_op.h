@@ -11,8 +11,7 @@
 namespace graphopt {
 namespace quantized_cache {
 
-// Keys that share their parameters, as in graphopt/quantization/cache_operations.py.
-constexpr int64_t group = 32;
+constexpr int64_t group = key_group;
 
 CacheKind kind_of(c10::string_view name) {
   if (name == "int8") return CacheKind::int8;

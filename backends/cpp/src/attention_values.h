@@ -1,6 +1,7 @@
 // How weights meet values, by storage type: the weights of a row of scores, and the sums of weighted values.
 //
-// `together` keys go together, see tiles.h. Sums lie in the order that costs least; `put` knows it.
+// `together` keys go together, see tiles.h. Sums lie in the order that costs least; `put` and `place`
+// know it.
 #pragma once
 
 #include "linear.h"
@@ -18,6 +19,7 @@ struct InFloats : TileFloats<S> {
   static INLINE Pair values(const T* v, int64_t, bool, int64_t left) { return left >= S::step ? S::pair(v) : pair_tail<S>(v, left); }
   static INLINE void put_weights(float* out, F a, F b) { store(out, a), store(out + lanes, b); }
   static INLINE void put(T* out, F a, F b) { S::put(out, {a, b}); }
+  static INLINE int place(int i) { return S::place(i); }
 };
 
 #if defined(__AVX512BF16__)
@@ -40,6 +42,7 @@ struct InPairs : TilePairs {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     _mm512_storeu_si512(out, _mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(__m512(b), __m512(a))));
   }
+  static INLINE int place(int i) { return i % 8 / 4 * lanes + i / 8 * 4 + i % 4; }
 };
 #endif
 
