@@ -62,3 +62,12 @@ def test_wrong_requests_are_refused(changed: dict[str, object], message: str) ->
     }
     with pytest.raises(OptionError, match=message):
         context.measure(**{**asked, **changed}, step=steps(Console()))  # type: ignore[arg-type]
+
+
+def test_what_is_measured_is_kept_after_each_length() -> None:
+    kept: list[context.ContextResult] = []
+    whole = context.measure("llama:64x1", "eager", "float32", [4, 8, 16], 2, 1, False, steps(Console()), kept.append)
+    assert [list(one.cache_bytes) for one in kept] == [[4, 8], [4, 8, 16]]
+    assert all(set(one.curves[0].milliseconds) == set(one.cache_bytes) for one in (*kept, whole))
+    assert kept[-1].curves[0].milliseconds == whole.curves[0].milliseconds
+    assert whole.limits.read_bandwidth >= kept[-1].limits.read_bandwidth

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,9 +77,20 @@ class ContextResult:
 
 
 def measure(
-    model: str, systems: str, dtype: str, lengths: list[int], checked: int, rounds: int, cold: bool, step: Step
+    model: str,
+    systems: str,
+    dtype: str,
+    lengths: list[int],
+    checked: int,
+    rounds: int,
+    cold: bool,
+    step: Step,
+    keep: Callable[[ContextResult], None] | None = None,
 ) -> ContextResult:
-    """Decode on every system at every length. Raises OptionError before any work."""
+    """Decode on every system at every length. Raises OptionError before any work.
+
+    keep: gets what is known after each length from the second on, so that a run that is cut off is not lost.
+    """
     from graphopt.commands.limits import measure_limits
 
     if dtype not in DTYPES:
@@ -93,6 +105,21 @@ def measure(
     times: dict[str, dict[int, list[float]]] = {system.name: {} for system in wanted}
     cache_bytes: dict[int, float] = {}
     agreements: dict[str, Agreement] = {}
+
+    def result(running: list[Worker], copied: dict[str, float | None]) -> ContextResult:
+        curves = tuple(
+            Curve(
+                name,
+                {length: statistics.median(found) for length, found in times[name].items()},
+                {length: min(found) for length, found in times[name].items()},
+                worker.call("peak"),
+                agreements[name],
+                copied.get(name),
+            )
+            for name, worker in ((worker.system.name, worker) for worker in running)
+        )
+        return ContextResult(source.name, dtype, bench.machine(), bench.versions(), limits, dict(cache_bytes), curves)
+
     with workers(wanted, cold) as running:
         for worker in running:
             with step(f"{worker.system.name}: load {source.name}"):
@@ -110,23 +137,13 @@ def measure(
             with step(f"{length} tokens: {rounds} rounds"):
                 for name, found in _in_turns(running, rounds).items():
                     times[name][length] = found
+            if keep is not None and length != lengths[0]:
+                keep(result(running, {}))
         with step("count copied bytes"):
             copied = {worker.system.name: worker.call("copied_per_token", 64) for worker in running}
-        peaks = {worker.system.name: worker.call("peak") for worker in running}
-    with step("measure the machine again"):
-        limits = limits.best(measure_limits(dtype))
-    curves = tuple(
-        Curve(
-            name,
-            {length: statistics.median(found) for length, found in at.items()},
-            {length: min(found) for length, found in at.items()},
-            peaks[name],
-            agreements[name],
-            copied[name],
-        )
-        for name, at in times.items()
-    )
-    return ContextResult(source.name, dtype, bench.machine(), bench.versions(), limits, cache_bytes, curves)
+        with step("measure the machine again"):
+            limits = limits.best(measure_limits(dtype))
+        return result(running, copied)
 
 
 def _in_turns(running: list[Worker], rounds: int) -> dict[str, list[float]]:
@@ -203,12 +220,15 @@ def main(
         numbers = [int(length) for length in lengths.split(",")]
     except ValueError:
         raise typer.BadParameter(f"lengths must be whole numbers with commas, got {lengths!r}") from None
-    result = measure(model, systems, dtype, numbers, tokens, rounds, not warm, steps(console))
-    console.print(table(result))
-    if json is not None:
-        result.save(json)
-    if plot_to is not None:
-        plot(result, plot_to)
+
+    def keep(result: ContextResult) -> None:
+        console.print(table(result))
+        if json is not None:
+            result.save(json)
+        if plot_to is not None:
+            plot(result, plot_to)
+
+    keep(measure(model, systems, dtype, numbers, tokens, rounds, not warm, steps(console), keep))
 
 
 if __name__ == "__main__":
