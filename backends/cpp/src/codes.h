@@ -167,36 +167,6 @@ struct Fp8Pairs : Pairs {
   static INLINE void place(const X* from, X* x, int64_t number) { __builtin_memcpy(x + number * run, from, run * sizeof *x); }
 };
 
-// int8 as two nibbles, 16 * high + low, each looked up as a number of bf16: a shift and a permutation in place of
-// widening to integers, to floats and back to bf16. A step is 32 words of two codes; x lies even elements first.
-struct BytePairs : Pairs {
-  using Raw = __m512i;
-  static constexpr bool has_groups = true, has_rows = true;
-  static constexpr int elements = 64, bytes = 64, vectors = 4;
-  __m512i low, high;  // each twice, since five bits count
-  explicit BytePairs(Codes) {
-    const __m512 lows = _mm512_add_ps(_mm512_loadu_ps(int4_values), _mm512_set1_ps(8));
-    // int4_values begin with the negative ones, two's complement with the others.
-    const __m512 signed_values = _mm512_shuffle_f32x4(_mm512_loadu_ps(int4_values), _mm512_loadu_ps(int4_values), 0x4e);
-    const __m512 highs = _mm512_mul_ps(signed_values, _mm512_set1_ps(16));
-    low = (__m512i)_mm512_cvtne2ps_pbh(lows, lows), high = (__m512i)_mm512_cvtne2ps_pbh(highs, highs);
-  }
-  static INLINE Raw raw(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  INLINE __m512bh vector(Raw words, int i) const {
-    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), i % 2 ? high : low);
-  }
-  static INLINE __m512bh row(const X* x, int i) { return (__m512bh)_mm512_loadu_si512(x + i / 2 * 32); }
-  static INLINE F spread(const float* scales) {
-    return F(_mm512_insertf32x8(_mm512_set1_ps(scales[0]), _mm256_set1_ps(scales[1]), 1));
-  }
-  static INLINE void place(const X* from, X* x, int64_t number) {
-    X* out = x + number / 2 * elements + number % 2 * 16;
-    const __m512i pairs = _mm512_loadu_si512(from);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(pairs));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
-  }
-};
-
 // As NibbleReader with 16-bit words of four nibbles; the table holds the sixteen values twice, since five bits count.
 struct NibblePairs : Pairs {
   using Raw = __m512i;

@@ -15,6 +15,7 @@ using namespace graphopt;
 #include "linear.h"
 #include "linear_columns.h"
 #include "quantized.h"
+#include "quantized_fixed.h"
 
 namespace {
 
@@ -109,10 +110,11 @@ size_t quantized_bytes(Dtype x, const QuantizedTask& task, int64_t m) {
 #if defined(__AVX512BF16__)
   if (on_dense(x, task, m)) bytes += outputs_at_once * dense_ld(task.k) * sizeof(uint16_t);
 #endif
-  return bytes;
+  return bytes_with_fixed(x, task, m, bytes);
 }
 
 void quantized_pack(Dtype dtype, const QuantizedTask& task, const void* x, int64_t ldx, PackedRows rows) {
+  if (pack_fixed(dtype, task, x, ldx, rows)) return;
   with_reader(dtype, task.dynamic, task.kind, rows.m, [&]<class M>() {
     if (task.dynamic) return place_codes<M>(dtype, task.kind, x, ldx, rows);
     if constexpr (sizeof(typename M::X) > 1) place_rows<M>(dtype, task.offsets != nullptr, x, ldx, rows);
@@ -123,6 +125,7 @@ void quantized_rows(Dtype out, const QuantizedTask& task, PackedRows rows, int64
 #if defined(__AVX512BF16__)
   if (on_dense(out, task, rows.m)) return dense_range(out, task, rows, begin, end);
 #endif
+  if (run_fixed(out, task, rows, begin, end)) return;
   with_reader(out, task.dynamic, task.kind, rows.m, [&]<class M>() {
     if constexpr (M::has_groups)
       if (task.group) return quantized_range<M, true>(out, task, rows, begin, end);

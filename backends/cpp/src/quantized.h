@@ -389,7 +389,6 @@ INLINE void with_reader([[maybe_unused]] Dtype x, bool dynamic, Codes kind, [[ma
 #endif
 #if defined(__AVX512BF16__)
   if (!dynamic && x == Dtype::bf16 && m >= dense_from) return f.template operator()<Dense>();
-  if (x == Dtype::bf16 && kind == Codes::int8) return f.template operator()<BytePairs>();
   if ((dynamic || (x == Dtype::bf16 && m > 1)) && kind == Codes::fp8) return f.template operator()<Fp8Pairs>();
   if (x == Dtype::bf16 && (kind == Codes::int4 || kind == Codes::mxfp4)) return f.template operator()<NibblePairs>();
 #endif
