@@ -7,6 +7,7 @@ import ctypes
 import torch
 
 from graphopt import _compat
+from graphopt.runtime import packs
 
 
 def call_directly(library: str) -> None:
@@ -14,5 +15,7 @@ def call_directly(library: str) -> None:
     make_module = ctypes.PyDLL(library).graphopt_direct
     make_module.restype = ctypes.py_object
     module = make_module()
-    for name in (name for name in vars(module) if not name.startswith("__")):
-        _compat.inductor_calls_function(getattr(torch.ops.graphopt_cpp, name).default, getattr(module, name))
+    functions = {name: function for name, function in vars(module).items() if not name.startswith("__")}
+    packs.compare_with(functions.pop("unchanged"))
+    for name, function in functions.items():
+        _compat.inductor_calls_function(getattr(torch.ops.graphopt_cpp, name).default, function)

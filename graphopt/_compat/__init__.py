@@ -31,6 +31,9 @@ from graphopt._compat.fakes import (
     SymbolFacts as SymbolFacts,
 )
 from graphopt._compat.fakes import (
+    address as address,
+)
+from graphopt._compat.fakes import (
     fake_execution as fake_execution,
 )
 from graphopt._compat.fakes import (

@@ -89,6 +89,12 @@ def lazy_graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return made
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Where torch keeps the tensor itself, not its data."""
+    place: int = tensor._cdata
+    return place
+
+
 def storage_holders(tensor: torch.Tensor) -> int:
     """How many tensors, C++ or Python objects hold the memory of `tensor`, this question not counted."""
     storage = tensor.untyped_storage()

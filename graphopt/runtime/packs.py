@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from graphopt import _compat
+
 
 @dataclasses.dataclass
 class _Pack:
@@ -30,6 +32,8 @@ _packs: dict[Any, _Pack] = {}
 _lock = threading.RLock()
 _generation = [0]
 _SAMPLES = 32
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_compare: list[Callable[..., bool]] = []
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -105,23 +109,41 @@ class Snapshot:
 
     def __init__(self, tensors: Sequence[torch.Tensor], on_death: Callable[[], None]) -> None:
         self._sources = [weakref.ref(tensor, lambda _: on_death()) for tensor in tensors]
-        self._states = [_counted(tensor) for tensor in tensors]
         self._generation = _generation[0]
+        self._states = [_counted(tensor) for tensor in tensors]
         with torch.no_grad(), torch.inference_mode(False):
-            samples: dict[int, list[torch.Tensor]] = {}
-            for sample in map(_sample, tensors):
-                if sample is not None:
-                    samples.setdefault(sample.itemsize, []).append(sample)
-            self._samples = [(views, torch.cat(views)) for views in samples.values()]
+            self._samples = [_sample(tensor) for tensor in tensors]
+            seen = [sample.view(torch.uint8).flatten() for sample in map(_copy, self._samples) if sample is not None]
+            self._seen = torch.cat(seen) if seen else torch.empty(0, dtype=torch.uint8)
+            self._table = self._states_as_table(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, unchanged, and `refresh` has not been called."""
         if self._generation != _generation[0]:
             return False
+        if _compare and self._table is not None:
+            # While the snapshot stands none of its tensors is dead: an address is the same tensor.
+            return _compare[-1](tensors, self._table, self._seen)
         for tensor, source, state in zip(tensors, self._sources, self._states, strict=True):
             if source() is not tensor or _counted(tensor) != state:
                 return False
-        return all(torch.equal(torch.cat(views), bits) for views, bits in self._samples)
+        samples = [sample.view(torch.uint8) for sample in map(_copy, self._samples) if sample is not None]
+        return not samples or torch.equal(torch.cat(samples), self._seen)
+
+    def _states_as_table(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The rows of `backends/cpp/src/unchanged.h`; None with tensors of which only Python can tell."""
+        if any(tensor.is_inference() or type(tensor) not in _PLAIN for tensor in tensors):
+            return None
+        rows = []
+        for tensor, sample, (address, version) in zip(tensors, self._samples, self._states, strict=True):
+            step = (0, 0, 0) if sample is None else (len(sample), sample.stride(0) * sample.itemsize, sample.itemsize)
+            rows.append((_compat.address(tensor), address, version, *step))
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+
+
+def compare_with(function: Callable[..., bool]) -> None:
+    """Have snapshots compared by a compiled function (tensors, states, samples) from now on."""
+    _compare.append(function)
 
 
 def refresh() -> None:
@@ -162,7 +184,7 @@ def _state(tensor: torch.Tensor) -> tuple[object, ...]:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     """A view of the bits of some elements, spread over rows and columns; None where looking would cost too much."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+    if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
         return None
     if tensor.device.type != "cpu" or tensor.is_inference() or tensor.numel() == 0 or tensor.is_complex():
         return None
@@ -174,10 +196,27 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor.detach().view(_BITS[tensor.itemsize]).as_strided((count,), (step,))
 
 
+def _copy(sample: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sample is None else sample.contiguous()
+
+
 def _counted(tensor: torch.Tensor) -> tuple[int, int]:
     # Inference tensors have no version counter: only their content tells whether they changed.
-    version = int(torch.hash_tensor(tensor)) if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version
+    return tensor.data_ptr(), _content(tensor) if tensor.is_inference() else tensor._version
+
+
+def _content(tensor: torch.Tensor) -> int:
+    """A number that follows every element, and some of them by their place.
+
+    torch's hash is the exclusive or of all elements, which an even number of equal ones leaves at zero: the sum of
+    their bits counts them.
+    """
+    if tensor.is_complex():
+        return _content(torch.view_as_real(tensor))
+    bits = tensor.view(_BITS[tensor.itemsize]) if tensor.dtype is not torch.bool else tensor
+    flat = bits.reshape(-1)
+    some = flat[:: max(1, len(flat) // _SAMPLES)]
+    return hash((int(torch.hash_tensor(tensor)), int(bits.sum(dtype=torch.int64)), tuple(some.tolist())))
 
 
 def _alive(pack: _Pack, tensors: list[torch.Tensor]) -> bool:

@@ -65,6 +65,15 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Packing:
+    """The numbers of the steps that pack weights, the positions of those weights among the inputs, all other steps."""
+
+    steps: frozenset[int]
+    weights: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Prologue:
     """Steps from the inputs of a call to the inputs of the compiled graph; plain data, so that it can be stored.
 
@@ -96,37 +105,37 @@ class Prologue:
     def _values(self, inputs: list[Any]) -> list[Any]:
         values = list(inputs)
         inputs.clear()
-        packing, positions = self._packing(len(values))
-        weights = [values[position] for position in positions]
-        known = self._kept.get("packs")
-        if known is None or not known[0].holds(weights):
-            known = None
-        fresh: dict[int, Any] = {}
-        for number, step in enumerate(self.steps):
-            if known is not None and number in packing:
-                values.append(known[1][number])
-                continue
-            function = _call_time.get(step.function) or _ARITHMETIC[step.function]
-            args = [_resolve(argument, values) for argument in step.args]
+        count = len(values)
+        packing = self._packing(count)
+        weights = [values[position] for position in packing.weights]
+        kept = self._kept.get("packs")
+        current = kept is not None and kept[0].holds(weights)
+        values += kept[1] if kept is not None and current else [None] * len(self.steps)
+        for number in packing.others if current else range(len(self.steps)):
+            step = self.steps[number]
+            args = [
+                values[argument.index] if type(argument) is Input else _resolve(argument, values)
+                for argument in step.args
+            ]
             kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
-            values.append(function(*args, **kwargs))
-            if number in packing:
-                fresh[number] = values[-1]
-        if fresh:
-            pages.enlarge(tree_leaves(list(fresh.values())))
-            self._kept["packs"] = packs.Snapshot(weights, self._kept.clear), fresh
+            values[count + number] = _function_of(step)(*args, **kwargs)
+        if packing.steps and not current:
+            results = [values[count + number] if number in packing.steps else None for number in range(len(self.steps))]
+            pages.enlarge(tree_leaves(results))
+            self._kept["packs"] = packs.Snapshot(weights, self._kept.clear), results
         return values
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps": self.steps, "results": self.results, "epilogue": self.epilogue}
 
     @functools.cached_property
-    def _kept(self) -> dict[str, tuple[packs.Snapshot, dict[int, Any]]]:
+    def _kept(self) -> dict[str, tuple[packs.Snapshot, list[Any]]]:
+        """What packing steps gave, by the number of the step, and the weights it was made from as they were."""
         return {}
 
-    def _packing(self, count: int) -> tuple[frozenset[int], tuple[int, ...]]:
-        """The numbers of the steps that pack weights, and the positions among `count` inputs of those weights."""
-        found: tuple[frozenset[int], tuple[int, ...]] | None = self.__dict__.get("_packing_steps")
+    def _packing(self, count: int) -> _Packing:
+        """Which steps pack weights, in a call with `count` inputs."""
+        found: _Packing | None = self.__dict__.get("_packing_steps")
         if found is None:
             steps: set[int] = set()
             weights: dict[int, None] = {}
@@ -136,9 +145,13 @@ class Prologue:
                 if packs_only and (step.function in _packing or (read[0] >= count if read else False)):
                     steps.add(number)
                     weights.update(dict.fromkeys(index for index in read if index < count))
-            found = frozenset(steps), tuple(weights)
-            self.__dict__["_packing_steps"] = found
+            others = tuple(number for number in range(len(self.steps)) if number not in steps)
+            self.__dict__["_packing_steps"] = found = _Packing(frozenset(steps), tuple(weights), others)
         return found
+
+
+def _function_of(step: Step) -> Callable[..., Any]:
+    return _call_time.get(step.function) or _ARITHMETIC[step.function]
 
 
 def _inputs_of(argument: Any) -> Iterator[int]:

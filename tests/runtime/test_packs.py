@@ -7,7 +7,18 @@ import gc
 import pytest
 import torch
 
+from graphopt.backends import cpp
 from graphopt.runtime import packs
+
+
+@pytest.fixture(params=["python", "compiled"])
+def comparing(request, monkeypatch):
+    """How snapshots are compared: as without a compiler on the machine, and as with one."""
+    if request.param == "python":
+        monkeypatch.setattr(packs, "_compare", [])
+    elif reason := cpp.unavailable_reason():
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture
@@ -76,7 +87,7 @@ def test_pack_dies_with_its_weight(doubled):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
 @pytest.mark.parametrize("write", [lambda data: data.add_(1), lambda data: data[:, :24].zero_()])
-def test_write_through_data_to_much_of_a_weight_is_seen(doubled, write, dtype):
+def test_write_through_data_to_much_of_a_weight_is_seen(doubled, comparing, write, dtype):
     double, _ = doubled
     wide, tall, odd = torch.ones(64, 96, dtype=dtype), torch.ones(96, 64, dtype=dtype), torch.ones(3, 25, dtype=dtype)
     for weight in (wide, tall.t(), odd):
@@ -97,3 +108,50 @@ def test_small_write_through_data_is_seen_after_refresh(doubled):
     assert double(weight) is before
     packs.refresh()
     assert torch.equal(double(weight), weight * 2)
+
+
+def test_snapshot_sees_every_kind_of_change_in_any_of_its_tensors(comparing):
+    def weights():
+        kinds = (torch.randn(5, 7), torch.randn(64).bfloat16(), torch.arange(3), torch.empty(0), torch.tensor(2.0))
+        return [torch.nn.Parameter(each, requires_grad=False) for each in kinds]
+
+    def swap(weight):
+        weight.data = weight.data.clone()
+
+    changes = {"counted": lambda weight: weight.add_(1), "data": lambda weight: weight.data.add_(1), "swapped": swap}
+    for position in range(5):
+        for name, change in changes.items():
+            held = weights()
+            snapshot = packs.Snapshot(held, lambda: None)
+            assert snapshot.holds(held) and snapshot.holds(list(held))
+            change(held[position])
+            nothing_changed = held[position].numel() == 0 and name != "counted"
+            assert snapshot.holds(held) == nothing_changed, (position, name)
+    held = weights()
+    snapshot = packs.Snapshot(held, lambda: None)
+    assert not snapshot.holds([held[0].detach(), *held[1:]]), "another tensor on the same memory"
+    packs.refresh()
+    assert not snapshot.holds(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
+def test_snapshot_of_inference_tensors_is_told_by_content(comparing, dtype):
+    changes = (lambda t: t.zero_(), lambda t: t[1:2].zero_(), lambda t: t.copy_(t.flip(0)))
+    with torch.inference_mode():
+        for change in changes:
+            for values in (torch.ones(4, 6), torch.tensor([1, 1, 0, 1, 0]), torch.ones(5).expand(4, 5).clone()):
+                held = [torch.ones(3), values.to(dtype)]
+                before = held[1].clone()
+                snapshot = packs.Snapshot(held, lambda: None)
+                assert snapshot.holds(held)
+                change(held[1])
+                assert snapshot.holds(held) == torch.equal(held[1], before)
+
+
+def test_snapshot_of_views_reads_their_own_elements(comparing):
+    base = torch.nn.Parameter(torch.zeros(100, 40), requires_grad=False)
+    held = [base[20:60].t(), base[60:, ::2], base[:20, 7]]
+    snapshot = packs.Snapshot(held, lambda: None)
+    assert snapshot.holds(held)
+    base.data[60:] = 1
+    assert not snapshot.holds(held)

@@ -103,6 +103,7 @@ struct Argument<at::ScalarType> {
   }
 };
 
+inline PyObject* as_python(bool answer) { return PyBool_FromLong(answer); }
 inline PyObject* as_python(at::Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
 inline PyObject* as_python(std::vector<at::Tensor> tensors) {
   PyObject* list = PyList_New(Py_ssize_t(tensors.size()));

@@ -15,6 +15,7 @@
 #include "operators.h"
 #include "quantized_op.h"
 #include "tables.h"
+#include "unchanged.h"
 
 namespace graphopt {
 
@@ -49,7 +50,7 @@ TORCH_LIBRARY(graphopt_cpp, m) {
 }  // namespace
 }  // namespace graphopt
 
-// The module of the direct functions: those of torch.ops.graphopt_cpp that compiled graphs call.
+// The module of the direct functions: those of torch.ops.graphopt_cpp that compiled graphs call, and what guards packs.
 extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
   using namespace graphopt;
   static PyMethodDef functions[] = {
@@ -61,6 +62,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
       direct<attention_cpu>("attention"),
       direct<quantized_cache::attention_quantized_cpu>("attention_quantized"),
       direct<paged_cache::attention_paged_cpu>("attention_paged"),
+      direct<unchanged>("unchanged"),
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "graphopt_direct", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
