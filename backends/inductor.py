@@ -98,6 +98,8 @@ def _config(graph_module: fx.GraphModule, options: Options) -> dict[str, Any]:
         # Of sizes and strides only what an operator says of its results can be wrong: inputs are guarded by Dynamo. A
         # check takes 0.7 us, and a model of 30 layers would make 500 of them for each token.
         "size_asserts": not all(map(_is_known, graph_module.graph.nodes)),
+        # A loop that is shared out among threads should take longer than waking them: 512 elements take no microsecond.
+        "cpp.min_chunk_size": 4096,
     } | ({"max_autotune": True} if tuned else {})
 
 
