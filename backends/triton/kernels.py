@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 from torch.fx import GraphModule
 
 from graphopt.backends.triton.attention import AttentionSection, attention_of
+from graphopt.backends.triton.attention_split import merge_kernel, scratch_elements
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection
@@ -42,7 +44,7 @@ def generate(graph_module: GraphModule) -> Kernel:
     try:
         names = Names()
         if attention_of(region) is not None:
-            return _assemble(region, "attention", [AttentionSection(region, 0, names)])
+            return _attention(region, AttentionSection(region, 0, names))
         if contraction_of(region) is not None:
             return _assemble(region, "linear", matmul_sections(region, names))
         groups = enumerate(_groups(region))
@@ -50,6 +52,22 @@ def generate(graph_module: GraphModule) -> Kernel:
         return _assemble(region, "rows", sections)
     except RecursionError as error:
         raise Unsupported("the region nests too deeply") from error
+
+
+def _attention(region: Region, section: AttentionSection) -> Kernel:
+    if not section.splits:
+        return _assemble(region, "attention", [section])
+    kernel = _assemble(region, "attention_parts", [section])
+    pointers = [*kernel.parameters[: len(region.inputs)], "parts"]
+    types = (*kernel.types[: len(region.inputs)], "*fp32")
+    _, body = kernel.body.split("\n", 1)
+    first = signature(pointers, [symbol for symbol, _ in kernel.sizes], kernel.constants)
+    rows, spec = section.batch.total * section.heads * section.queries, section.spec
+    return dataclasses.replace(
+        kernel, body=f"{first}\n{body}", parameters=tuple(pointers), types=types,
+        merge=merge_kernel(region, spec.result, section.keys, spec.nan_rows),
+        scratch=scratch_elements(rows, section.keys, int(section.dv.total)),
+    )
 
 
 def _assemble(region: Region, kind: str, sections: Sequence[Section]) -> Kernel:

@@ -237,7 +237,7 @@ class Writer:
             except Unsupported as error:
                 self._by_key[structure] = error, symbols
         kernel, known = self._by_key[structure]
-        reason = str(kernel) if isinstance(kernel, Unsupported) else self.refused.get(kernel.digest)
+        reason = str(kernel) if isinstance(kernel, Unsupported) else self._refusal(kernel)
         if isinstance(kernel, Unsupported) or reason is not None:
             self._inline(node, module, reason or "")
             return
@@ -256,27 +256,40 @@ class Writer:
         listed = returned if isinstance(returned, (tuple, list)) else (returned,)
         self._names[node] = ", ".join(inner[n] for n in listed if isinstance(n, Node))
 
+    def _refusal(self, kernel: Kernel) -> str | None:
+        """Why a kernel, or the one that merges what it leaves, must not be used."""
+        digests = [each.digest for each in (kernel, kernel.merge) if each is not None]
+        return next((self.refused[digest] for digest in digests if digest in self.refused), None)
+
     def _launch(
         self, node: Node, module: GraphModule, kernel: Kernel, symbols: dict[sympy.Symbol, sympy.Symbol]
     ) -> None:
-        name = self._by_digest.setdefault(kernel.digest, f"kernel_{len(self._by_digest)}_{kernel.kind}")
-        self.kernels.setdefault(name, kernel)
-        self.calls.setdefault(name, []).append(node.name)
         region = Region(module)
         tensors = [self._text(a) for a, p in zip(node.args, region.placeholders, strict=True)
                    if isinstance(p.meta["val"], torch.Tensor)]
         device = next((f"{t}.device" for t in tensors), None)
         outputs = [self._allocate(o.meta["val"], device) for o in region.outputs]
         sizes = {s.name: text_of(expression.xreplace(symbols)) for s, expression in kernel.sizes}
-        constants = {**kernel.constants, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-        fixed = [f"{k}={v}" for k, v in constants.items()]
-        given = {name: f"({text})" for name, text in sizes.items()} | {k: str(v) for k, v in kernel.constants.items()}
-        grid = re.sub(r"\b[A-Za-z]\w*\b", lambda word: given.get(word[0], word[0]), kernel.grid)
         wide = self._index_type([*region.inputs, *region.outputs], region)
-        arguments = [name, grid, *tensors, *outputs, *sizes.values(), *fixed, f"INDEX={wide}", "enable_fp_fusion=False"]
-        self.lines.append(f"launch({', '.join(arguments)})")
+        if kernel.merge is None:
+            self._write_launch(node, kernel, [*tensors, *outputs], sizes, wide)
+        else:
+            scratch, slot = self._scratch(_with_sizes(kernel.scratch, kernel, sizes), device)
+            self._write_launch(node, kernel, [*tensors, scratch], sizes, wide)
+            self._write_launch(node, kernel.merge, [scratch, *outputs], sizes, wide)
+            self._free.setdefault(slot, []).append(scratch)
         self.updates_last = self.updates_last and not self.updated
         self._names[node] = ", ".join(outputs)
+
+    def _write_launch(self, node: Node, kernel: Kernel, tensors: list[str], sizes: dict[str, str], wide: str) -> None:
+        name = self._by_digest.setdefault(kernel.digest, f"kernel_{len(self._by_digest)}_{kernel.kind}")
+        self.kernels.setdefault(name, kernel)
+        self.calls.setdefault(name, []).append(node.name)
+        constants = {**kernel.constants, "num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        fixed = [f"{k}={v}" for k, v in constants.items()]
+        grid = _with_sizes(kernel.grid, kernel, sizes)
+        arguments = [name, grid, *tensors, *sizes.values(), *fixed, f"INDEX={wide}", "enable_fp_fusion=False"]
+        self.lines.append(f"launch({', '.join(arguments)})")
 
     def _index_type(self, nodes: list[Node], region: Region) -> str:
         extents = [region.extent(n) for n in nodes]
@@ -308,6 +321,15 @@ class Writer:
         self._owned[name] = slot
         return name
 
+    def _scratch(self, elements: str, device: str | None) -> tuple[str, tuple[str, str]]:
+        """Memory that is free again after the next launches, and its slot: so many float32 elements."""
+        slot = ("torch.float32", elements)
+        if self._free.get(slot):
+            return self._free[slot].pop(), slot
+        name = self._new("scratch")
+        self.lines.append(f"{name} = torch.empty(({elements},), dtype=torch.float32, device={device})")
+        return name, slot
+
     def _shape(self, sizes: Any) -> str:
         texts = [text_of(size_expression(s)) for s in sizes]
         return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
@@ -333,6 +355,12 @@ class Writer:
         if isinstance(value, (torch.layout, torch.memory_format)):
             return str(value)
         raise Unsupported(f"an argument of type {type(value).__name__}")
+
+
+def _with_sizes(text: str, kernel: Kernel, sizes: dict[str, str]) -> str:
+    """A number in a kernel's parameters and constants as the caller computes it."""
+    given = {name: f"({size})" for name, size in sizes.items()} | {k: str(v) for k, v in kernel.constants.items()}
+    return re.sub(r"\b[A-Za-z]\w*\b", lambda word: given.get(word[0], word[0]), text)
 
 
 def _dtype(dtype: torch.dtype) -> str:

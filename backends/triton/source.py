@@ -29,6 +29,9 @@ class Kernel:
     and types: Triton's names of their types ("*bf16").
     sizes: the size parameters with the expressions, in the symbols of the graph the kernel was generated for.
     constants: the values of the constexpr parameters. grid: the number of programs, in parameters and constants.
+
+    merge: a kernel to be launched after this one, which writes the outputs from what this one leaves in `scratch`
+    float32 elements (in parameters); the first's only output is that memory, `parts`, the second's first parameter.
     """
 
     kind: str
@@ -42,6 +45,8 @@ class Kernel:
     num_stages: int
     helpers: frozenset[str]
     comment: tuple[str, ...] = ()
+    merge: Kernel | None = None
+    scratch: str = ""
 
     @property
     def digest(self) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import pytest
 import torch
 
 import graphopt.ops  # noqa: F401  (registers the dialect)
+from graphopt.backends.triton.attention_split import SPLIT_KEYS
+from graphopt.backends.triton.program import write
 from graphopt.passes.fuse.form_regions import form_regions
 from tests.backends.graphs import run
 
@@ -17,14 +21,14 @@ SHAPES = [(2, 4, 20, 20, 16, 16, 4), (1, 4, 1, 33, 16, 16, 2), (1, 8, 70, 70, 8,
 """batch, heads, queries, keys, head size, value size, KV heads"""
 
 
-def assert_agrees(*inputs: torch.Tensor, tolerance: float = 1e-4, **settings: Any) -> str:
+def assert_agrees(*inputs: torch.Tensor, tolerance: float = 1e-4, launches: int = 1, **settings: Any) -> str:
     def function(*tensors: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = attention(*tensors, scale=0.3, **settings)
         return result
 
     wide = [t.float() if t.is_floating_point() else t for t in inputs]
     got, compiled = run(function, *inputs, prepare=form_regions)
-    assert compiled[0].fallbacks == [] and compiled[0].launches == 1
+    assert compiled[0].fallbacks == [] and compiled[0].launches == launches
     want = function(*inputs)
     strides = zip(got.stride(), want.stride(), got.shape, strict=True)
     assert all(mine == eager for mine, eager, size in strides if size != 1)
@@ -85,3 +89,98 @@ def test_a_cache_seen_through_views_is_not_copied() -> None:
     got, compiled = run(function, q, cache, prepare=form_regions)
     assert compiled[0].launches == 1 and compiled[0].fallbacks == []
     torch.testing.assert_close(got, function(q, cache), rtol=1e-4, atol=1e-4)
+
+
+LONG = 2 * SPLIT_KEYS + 70
+SPLITS = [(1, 6, 1, LONG, 16, 16, 2), (2, 4, 3, LONG, 24, 40, 4), (1, 2, 2, 20 * SPLIT_KEYS + 1, 16, 16, 1)]
+
+
+@pytest.mark.parametrize("shape", SPLITS)
+@pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"softcap": 5.0}, {"window": 7}], ids=str)
+def test_keys_of_few_queries_are_shared_out(shape: tuple[int, ...], settings: dict[str, Any]) -> None:
+    assert_agrees(*operands(shape), launches=2, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shared_out_sixteen_bit_operands(dtype: torch.dtype) -> None:
+    assert_agrees(*operands(SPLITS[0], dtype), launches=2, tolerance=2e-2)
+
+
+def test_up_to_one_run_of_keys_and_many_queries_are_not_shared_out() -> None:
+    assert_agrees(*operands((1, 4, 1, SPLIT_KEYS, 16, 16, 2)))
+    assert_agrees(*operands((1, 4, 20, LONG, 16, 16, 2)))
+
+
+def test_runs_that_see_nothing_add_nothing() -> None:
+    visible = torch.zeros(1, 1, 1, LONG, dtype=torch.bool)
+    visible[..., SPLIT_KEYS + 3 : SPLIT_KEYS + 9] = True
+    assert_agrees(*operands(SPLITS[0]), visible, launches=2)
+    nothing = torch.zeros_like(visible)
+    assert_agrees(*operands(SPLITS[0]), nothing, launches=2)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("keys", [200, LONG])
+def test_blocks_that_the_mask_hides_are_not_read(kind: str, keys: int) -> None:
+    """As of a cache of fixed size: whoever reads the rows behind the used ones is found out."""
+    q, k, v = operands((2, 6, 2, keys, 16, 16, 2))
+    visible = torch.zeros(2, 1, 2, keys, dtype=torch.bool)
+    visible[0, :, :, 3:50] = visible[1, :, 1, :60] = visible[1, :, 0, 70] = True
+    mask = visible if kind == "bool" else torch.where(visible, 0.5, -math.inf)
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = attention(*tensors, scale=0.3)
+        return result
+
+    expected = function(q, k, v, mask)
+    k[:, :, 128:] = v[:, :, 128:] = math.nan
+    got, (compiled,) = run(function, q, k, v, mask, prepare=form_regions)
+    assert compiled.fallbacks == []
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_finite_in_one_run_shows() -> None:
+    q, k, v = operands(SPLITS[0])
+    k[0, 0, SPLIT_KEYS + 5, 3] = math.nan
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = attention(*tensors, scale=0.3)
+        return result
+
+    got, _ = run(function, q, k, v, prepare=form_regions)
+    assert got[:, :3].isnan().all() and got[:, 3:].isfinite().all()
+
+
+def test_two_layers_take_turns_with_the_scratch_memory() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        first: torch.Tensor = attention(q, k, v, scale=0.3)
+        second: torch.Tensor = attention(first, v, k, scale=0.3)
+        return second
+
+    inputs = operands(SPLITS[0])
+    got, compiled = run(function, *inputs, prepare=form_regions)
+    torch.testing.assert_close(got, function(*inputs), rtol=1e-4, atol=1e-4)
+    assert len(re.findall(r"scratch\d+ = ", compiled[0].source)) == 1 and compiled[0].launches == 4
+
+
+def test_one_pair_of_kernels_for_all_lengths() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = attention(q, k, v, scale=0.3)
+        return result
+
+    for keys in (30, LONG):
+        inputs = operands((1, 6, 1, keys, 16, 16, 2))
+        for rows in inputs[1:]:
+            torch._dynamo.mark_dynamic(rows, 2)
+        got, (compiled,) = run(function, *inputs, prepare=form_regions)
+        assert compiled.launches == 2 and compiled.fallbacks == []
+        torch.testing.assert_close(got, function(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_that_fails_leaves_the_region_to_aten() -> None:
+    """Refused by the digest of the second kernel, as after a launch of it that failed."""
+    inputs = operands(SPLITS[0])
+    _, (compiled,) = run(lambda *tensors: attention(*tensors, scale=0.3), *inputs, prepare=form_regions)
+    merge = next(kernel for kernel in compiled.kernels.values() if kernel.kind == "attention_merge")
+    program = write(compiled._graph_module, {merge.digest: "too little memory"})
+    assert not program.kernels and "too little memory" in program.fallbacks[0].reason

@@ -32,6 +32,10 @@ CASES = {
                                 torch.randn(64, 256).to(bf16), torch.randn(32, 256).to(bf16), prepare=fuse),
     "one row": lambda: kernels(lambda x, w: F.linear(x, w), torch.randn(1, 512).to(bf16),
                                torch.randn(64, 512).to(bf16), prepare=fuse),
+    "shared-out attention": lambda: kernels(
+        lambda q, k, v, mask: torch.ops.graphopt.attention(q, k, v, mask, scale=0.3),
+        *(torch.randn(1, heads, rows, 64).to(bf16) for heads, rows in ((9, 1), (3, 1000), (3, 1000))),
+        torch.ones(1, 1, 1, 1000, dtype=torch.bool)),
 }
 
 
