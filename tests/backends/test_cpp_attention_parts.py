@@ -17,6 +17,9 @@ from tests.backends.attention_parts import FORMS, PAGED, TOLERANCE, Parts, opera
 
 pytestmark = pytest.mark.usefixtures("cpp_library")
 EACH_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+QUANTISED = pytest.mark.parametrize(
+    "form", [form for form in FORMS.values() if form is not PAGED], ids=lambda form: form.name
+)
 PLAIN = {"is_causal": False, "scale": 0.3, "softcap": 0.0, "window": 0}
 
 
@@ -73,7 +76,7 @@ def test_threads_share_the_keys(form: Parts, threads: int) -> None:
     check(form, *operands((3, 1), 1, 3000, 64))
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS.values() if form is not PAGED], ids=lambda form: form.name)
+@QUANTISED
 @settings(max_examples=10, deadline=None)
 @given(first=st.integers(0, 150), count=st.integers(1, 50))
 def test_what_the_mask_hides_is_not_read(form: Parts, first: int, count: int) -> None:
@@ -94,6 +97,39 @@ def test_what_is_not_finite_shows(form: Parts, value: float) -> None:
     k[0, 0, 5, 3], q[..., 3] = value, 1.0
     result = run(form, q, form.operands(q, k, v)[0], 100)
     assert result[:, 0].isnan().all() and result[:, 1].isfinite().all()
+
+
+@QUANTISED
+@pytest.mark.parametrize("size", [512, 544])
+def test_codes_whose_sums_have_just_room_and_longer_rows(form: Parts, size: int) -> None:
+    q, k, v = operands((2, 1), 1, 120, size)
+    k[..., :] = q[:, :1]  # all products of one sign, and the largest that there are
+    check(form, 0.0309 * q.sign(), k.abs().sign() * k.sign(), v.abs().clamp(0.9, 1.0))
+
+
+@QUANTISED
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_queries_of_any_magnitude_share_a_head(form: Parts, dtype: torch.dtype) -> None:
+    q, k, v = operands((5, 1), 2, 200, 32)
+    q *= torch.tensor([0.0, 1e-30, 1e-4, 0.3, 2.0])[:, None, None]
+    check(form, q.to(dtype), k.to(dtype), v.to(dtype))
+
+
+@QUANTISED
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_token_that_is_not_finite_shows_in_its_head(form: Parts, value: float) -> None:
+    q, k, v = operands((4, 2), 1, 100, 16)
+    v[0, 1, 40, 3] = value
+    result = run(form, q, form.operands(q, k, v)[0], 100)
+    assert result[:, 2:].isnan().all() and result[:, :2].isfinite().all()
+
+
+@QUANTISED
+def test_weights_of_very_different_size_in_one_block(form: Parts) -> None:
+    """One key takes nearly all of the weight: what the others are rounded to is small beside it."""
+    q, k, v = operands((3, 1), 1, 180, 64)
+    k[:, :, 70] = 2 * q[:, :1, 0]
+    check(form, q, k, v)
 
 
 def test_wrong_parts_of_quantised_caches_are_refused() -> None:
