@@ -250,3 +250,129 @@ def test_a_replacement_with_other_parameters_is_an_error_at_once() -> None:
         return values["x"].exp() * values["y"].exp()
 
     check_pass(once(summed, takes_any), lambda x, y: (x + y).exp(), [X, X], verify="off", count=1)
+
+
+def _relu_plus(x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(torch.relu(x), y, alpha=0.5)
+
+
+def test_operands_of_an_addition_with_a_factor_do_not_commute() -> None:
+    new = once(match.pattern(x=(2, 8), y=(2, 8))(_relu_plus), lambda x, y: torch.relu(x) + y * 0.5)
+    check_pass(new, _relu_plus, [X, Y], count=1)
+    swapped = assert_not_applied(new, lambda x, y: torch.add(y, torch.relu(x), alpha=0.5), [X, Y])
+    assert "expected aten.relu.default" in swapped.refusals[0].reason
+
+
+@pytest.mark.parametrize("operation", [torch.eq, torch.ne, torch.logical_xor, torch.minimum])
+def test_other_operations_commute(operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def compared(x: Tensor, y: Tensor) -> Tensor:
+        return operation(x.exp(), y.sin()).float()
+
+    pattern = match.pattern(x=(2, 8), y=(2, 8))(compared)
+    new = once(pattern, lambda x, y: operation(y.sin(), x.exp()).float())
+    check_pass(new, lambda x, y: operation(y.sin(), x.exp()).float(), [X, Y], count=1)
+
+
+def test_an_index_of_another_dimension_is_another_pattern() -> None:
+    @match.pattern(x=torch.empty(8, 8), index=torch.zeros(8, dtype=torch.long))
+    def columns(x: Tensor, index: Tensor) -> Tensor:
+        return x[:, index] * 3.0
+
+    inputs = [torch.randn(8, 8), torch.randperm(8)]
+    new = once(columns, lambda x, index: x.index_select(1, index) * 3.0)
+    check_pass(new, lambda x, index: x[:, index] * 3.0, inputs, count=1, second=[])
+    assert_not_applied(new, lambda x, index: x[index] * 3.0, inputs, reason="found ['a tensor']")
+
+
+def test_operations_with_several_results() -> None:
+    @match.pattern(x=(2, 8))
+    def gated(x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, -1)
+        return torch.sigmoid(gate) * value
+
+    def other(x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return x[..., half:] * torch.sigmoid(x[..., :half])
+
+    new = as_pass(gated, other)
+    check_pass(new, lambda x: torch.mul(x.chunk(2, -1)[1], x.chunk(2, -1)[0].sigmoid()), [X], second=[])
+    check_pass(new, gated.function, [X], count=1)
+    reason = "expected result=0, found 1"
+    assert_not_applied(new, lambda x: (lambda a, b: torch.sigmoid(b) * a)(*x.chunk(2, -1)), [X], reason=reason)
+
+
+def test_results_that_would_be_memory_of_the_input_are_copied() -> None:
+    twice = as_pass(match.pattern(x=(2, 8))(lambda x: x.neg().neg()), lambda x: x)
+    for function in (
+        lambda x: x.neg().neg(),
+        lambda x: x.neg().neg().transpose(0, 1),
+        lambda x: (x.neg().neg(), x.neg().neg().add_(1)),
+    ):
+        check_pass(twice, function, [X])
+    graph = check_pass(twice, lambda x: x.neg().neg() * 2, [X], count=1)
+    assert not graph.after.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+
+
+def test_updates_in_place_of_values_of_their_own_are_new_values() -> None:
+    @match.pattern(x=(2, 8))
+    def updating(x: Tensor) -> Tensor:
+        return x.exp().add_(1.0).relu_()
+
+    plain = once(updating, lambda x: torch.relu(x.exp() + 1.0))
+    check_pass(plain, lambda x: torch.relu(x.exp() + 1.0), [X], count=1)
+    check_pass(plain, updating.function, [X], count=1)
+    pattern = match.pattern(x=(2, 8))(lambda x: torch.relu(x.exp() + 1.0))
+    check_pass(once(pattern, updating.function), pattern.function, [X], count=1)
+
+
+def _draws(x: Tensor) -> Tensor:
+    return torch.nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("function", "examples", "said"),
+    [
+        (lambda x, y: x * y, {"x": (2,)}, "an example for each parameter of .*missing.*'y'"),
+        (lambda x: x.exp(), {"x": (2,), "z": (2,)}, "an example for each parameter.*unexpected.*'z'"),
+        (lambda x: x.exp(), {"x": "float"}, "the example of x must be a shape .*'float'"),
+        (lambda x, s: x * s, {"x": (2,), "s": True}, "the example of s must be .*True"),
+        (lambda x: x.exp(), {"x": (2, -1)}, r"the shape \(2, -1\) of x must hold whole numbers"),
+        (lambda x, y: x.exp(), {"x": (2,), "y": (2,)}, "does not use its parameter y"),
+        (lambda x: (x, x.exp()), {"x": (2,)}, "results must be a tensor that it computes"),
+        (lambda x: x.transpose(0, 1), {"x": (2, 2)}, "results must be a tensor that it computes"),
+        (lambda x: None, {"x": (1,)}, "does not use its parameter x"),
+        (lambda x: [x.exp(), 2.0], {"x": (1,)}, "results must be a tensor that it computes"),
+        (lambda x: x if x.sum() > 0 else -x, {"x": (2,)}, "cannot be traced on its examples"),
+        (lambda x: x.mul_(2.0), {"x": (2,)}, "updates a parameter in place"),
+        (_draws, {"x": (2,)}, "draws random numbers"),
+    ],
+)
+def test_what_no_graph_holds_is_an_error(function: Callable[..., object], examples: dict, said: str) -> None:
+    with pytest.raises(PatternError, match=said):
+        match.find(_graph(lambda x, y: x * 2 + y), match.pattern(name="mine", **examples)(function))
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (lambda x, y, scale: (x, y), "returns 1 tensors, its replacement a tensor, a tensor"),
+        (lambda x, y, scale: None, "its replacement None"),
+        (lambda x, y, scale: 3.0, "its replacement 3.0"),
+        (lambda x, y, scale: x.mul_(scale) + y, "its replacement updates a parameter in place"),
+        (lambda x, y, scale: torch.rand_like(x) + y * scale, "its replacement draws random numbers"),
+    ],
+)
+def test_replacements_that_cannot_stand_for_the_pattern(new: Callable[..., object], said: str) -> None:
+    with pytest.raises(PatternError, match=said):
+        match.rewrite(_graph(SPELLINGS["as written"]), scaled_sum, new)
+
+
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_a_condition_answers_with_a_reason(answer: object) -> None:
+    with pytest.raises(PatternError, match=f"must return '' to accept .* got {answer}"):
+        match.rewrite(_graph(SPELLINGS["as written"]), scaled_sum, replacement, lambda found: answer)
+
+
+def test_a_function_is_no_pattern() -> None:
+    with pytest.raises(PatternError, match="is not a pattern: decorate it"):
+        match.rewrite(_graph(SPELLINGS["as written"]), replacement, replacement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ from torch import fx
 
 from graphopt import shapes
 
+TENSOR = "a tensor"
+"""Stands in the place of each tensor among the arguments of a node."""
+
 
 def named(node: fx.Node) -> dict[str, Any]:
-    """All arguments that are no tensors, by name. Dimensions count from the front."""
+    """All arguments by name, with `TENSOR` for each tensor. Dimensions count from the front."""
     found = {}
     for name, value in everything(node).items():
-        if not _holds_tensor(value):
-            found[name] = _from_front(node, value) if name in ("dim", "dims") else value
+        found[name] = _from_front(node, value) if name in ("dim", "dims") else _without_tensors(value)
     return found
 
 
@@ -42,6 +45,8 @@ def same_argument(a: Any, b: Any) -> bool:
 
 def everything(node: fx.Node) -> dict[str, Any]:
     """All arguments by name, defaults filled in."""
+    if node.target is operator.getitem:
+        return {"operation": node.args[0], "result": node.args[1]}
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
     schema = node.target._schema.arguments
@@ -74,6 +79,7 @@ def _is_tensor(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _holds_tensor(value: Any) -> bool:
-    items = value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(item, fx.Node) and _is_tensor(item) for item in items)
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(item) for item in value]
+    return TENSOR if isinstance(value, fx.Node) and _is_tensor(value) else value

@@ -55,7 +55,7 @@ def walk(node: fx.Node, stop: Collection[fx.Node] = ()) -> Path:
             casts.append(seen.meta["val"].dtype)
         elif kind(seen) != "copy" and not _is_whole(seen):
             _append(layout, _step(seen))
-    if layout == [("reshape", sizes(node))]:
+    if len(layout) == 1 and layout[0] == ("reshape", sizes(node)):
         layout = []
     return Path(node, tuple(layout), tuple(casts), tuple(nodes))
 

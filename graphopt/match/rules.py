@@ -13,7 +13,7 @@ from torch import fx
 from graphopt import _compat, capture, edit, shapes, views
 from graphopt.errors import PatternError
 from graphopt.match import search
-from graphopt.match.pattern import Pattern, Traced
+from graphopt.match.pattern import Pattern, Traced, draws_numbers, in_new_values
 
 # How many readings of one loose match are tried; what share of a pattern makes a near miss worth telling, and what
 # share where the pattern stands nowhere in the graph.
@@ -57,6 +57,8 @@ class Rule:
     condition: Callable[[Match], str] = lambda match: ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Pattern):
+            raise PatternError(f"{self.pattern!r} is not a pattern: decorate it with @match.pattern(x=(2, 8), ...)")
         names = tuple(self.pattern.examples)
         signature = inspect.signature(self.replacement)
         try:
@@ -122,9 +124,7 @@ def _fitting(rules: Sequence[Rule], node: fx.Node) -> Iterator[Rule]:
                 yield rule
 
 
-def _tell(
-    misses: Iterable[tuple[fx.Node, Rule, search.Failure]], consumed: set[fx.Node], applied: set[str]
-) -> None:
+def _tell(misses: Iterable[tuple[fx.Node, Rule, search.Failure]], consumed: set[fx.Node], applied: set[str]) -> None:
     """Record the deepest near miss at each place, and of each pattern that stands nowhere its deepest one."""
     deepest: dict[fx.Node, tuple[Rule, search.Failure]] = {}
     nowhere: dict[str, tuple[fx.Node, Rule, search.Failure]] = {}
@@ -179,6 +179,7 @@ class _Finder:
         self.writers = [node for node in self.position if views.may_write(node)]
         self.traced: dict[Any, Traced | None] = {}
         self.replacements: dict[Any, fx.GraphModule] = {}
+        self.exposure = views.Exposure(graph_module.graph)
 
     def match(self, rule: Rule, anchor: fx.Node) -> Match | search.Failure:
         """The match whose first result is computed by `anchor`, or how far it came."""
@@ -205,7 +206,7 @@ class _Finder:
             state, results = exact
             inside = frozenset(state.passed | {anchor}) - set(results)
             match = Match(rule.pattern, values, tuple(results), inside)
-            reason = self._why_not(match) or rule.condition(match)
+            reason = self._why_not(match) or _refused_by(rule, match)
             if not reason:
                 return match
             failure.note(skeleton.computing, next(iter(state.pairs)), self._culprit(match), reason)
@@ -219,13 +220,11 @@ class _Finder:
         key = rule, _signature(match.values), tuple(nodes.index(node) for node in nodes)
         with edit.rewriting(self.graph_module, first) as rewriting:
             if key not in self.replacements:
-                self.replacements[key] = rewriting.trace(
-                    rule.replacement, decompositions=capture.decompositions(), **match.values
-                )
+                self.replacements[key] = _traced_replacement(rule, match, rewriting)
             made = rewriting.paste(self.replacements[key], list(dict.fromkeys(nodes)))
             new = made if isinstance(made, (list, tuple)) else (made,)
             for old, replacement in zip(match.results, new, strict=True):
-                rewriting.replace(old, rewriting.like(replacement, old))
+                rewriting.replace(old, rewriting.like(self._kept_apart(rewriting, replacement, old), old))
         node = first.prev
         while node not in self.position:
             self.position[node] = self.position[first] - 1
@@ -234,12 +233,17 @@ class _Finder:
             edit.erase_unused(node)
         return rewriting.applied
 
+    def _kept_apart(self, rewriting: edit.Rewrite, new: fx.Node, old: fx.Node) -> fx.Node:
+        """`new`, or a copy where the caller would see that it is no memory of its own, as `old` is."""
+        if views.storage(new) in self.position and not self.exposure.may_become(old, new):
+            return rewriting.call(torch.ops.aten.clone.default, new)
+        self.exposure.became(old, new)
+        return new
+
     def _trace(self, pattern: Pattern, values: Mapping[str, Any]) -> Traced | None:
         key = pattern, _signature(values)
         if key not in self.traced:
-            fakes = {
-                name: value.meta["val"] if isinstance(value, fx.Node) else value for name, value in values.items()
-            }
+            fakes = {name: value.meta["val"] if isinstance(value, fx.Node) else value for name, value in values.items()}
             try:
                 with _compat.speculative_execution(self.graph_module):
                     self.traced[key] = pattern.trace(fakes)
@@ -281,11 +285,41 @@ class _Finder:
         return ""
 
 
+def _refused_by(rule: Rule, match: Match) -> str:
+    reason = rule.condition(match)
+    if not isinstance(reason, str):
+        raise PatternError(
+            f"pattern {rule.pattern.name!r}: its condition must return '' to accept a match, or the reason (str) to"
+            f" leave it alone, got {reason!r}"
+        )
+    return reason
+
+
+def _traced_replacement(rule: Rule, match: Match, rewriting: edit.Rewrite) -> fx.GraphModule:
+    traced = in_new_values(
+        rule.replacement,
+        lambda function: rewriting.trace(function, decompositions=capture.decompositions(), **match.values),
+    )
+    if traced is None:
+        raise rule.pattern.wrong("its replacement updates a parameter in place, which no rewrite may do")
+    if draws_numbers(traced.graph):
+        raise rule.pattern.wrong("its replacement draws random numbers, which the pattern does not")
+    made: Any = traced.graph.output_node().args[0]
+    results = made if isinstance(made, (list, tuple)) else (made,)
+    if len(results) != len(match.results) or not all(isinstance(result, fx.Node) for result in results):
+        raise rule.pattern.wrong(
+            f"it returns {len(match.results)} tensors, its replacement {', '.join(map(_kind_of, results))}"
+        )
+    return traced
+
+
+def _kind_of(result: Any) -> str:
+    return "a tensor" if isinstance(result, fx.Node) else repr(result)
+
+
 def _examples_of_numbers(pattern: Pattern) -> dict[str, Any]:
     return {
-        name: example
-        for name, example in pattern.examples.items()
-        if not isinstance(example, (tuple, torch.Tensor))
+        name: example for name, example in pattern.examples.items() if not isinstance(example, (tuple, torch.Tensor))
     }
 
 

@@ -32,7 +32,11 @@ COMMUTATIVE = frozenset(
         aten.logical_and.default,
         aten.logical_or.default,
         aten.bitwise_and.Tensor,
+        aten.logical_xor.default,
         aten.bitwise_or.Tensor,
+        aten.bitwise_xor.Tensor,
+        aten.eq.Tensor,
+        aten.ne.Tensor,
     )
 )
 
@@ -260,7 +264,9 @@ def _ranks(wanted: paths.Path, path: paths.Path) -> dict[fx.Node, int]:
 
 
 def _orders(wanted: fx.Node, ours: list[fx.Node]) -> Sequence[list[fx.Node]]:
-    if wanted.target in COMMUTATIVE and len(ours) == 2 and ours[0] is not ours[1]:
+    """The operands as they are, and the other way round where that makes no difference: not in `x + alpha * y`."""
+    commutes = wanted.target in COMMUTATIVE and wanted.kwargs.get("alpha", 1) == 1
+    if commutes and len(ours) == 2 and ours[0] is not ours[1]:
         return ours, ours[::-1]
     return (ours,)
 
