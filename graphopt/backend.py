@@ -70,7 +70,9 @@ def arranged(options: Options, target: str) -> list[Callable[..., int]]:
     kernels = [function for function in added if isinstance(function, CustomLowering)]
     others = [function for function in added if not isinstance(function, CustomLowering)]
     # What is in a region is not seen by a kernel of the user's any more.
-    return pipeline.arrange((*own, *kernels, *passes.for_target(target, options), *others))
+    ordered = pipeline.arrange((*own, *kernels, *passes.for_target(target, options), *others), passes.OPTIONAL)
+    options.check_disabled({pipeline.describe(function).name for function in (*ordered, *passes.OPTIONAL)})
+    return ordered
 
 
 def _compile(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +114,17 @@ class Options:
             object.__setattr__(self, "dump", os.fspath(self.dump))
         if self.dump is not None and not isinstance(self.dump, str):
             raise OptionError(f"option 'dump' must be a directory (str or Path) or None, got {self.dump!r}")
+
+    def check_disabled(self, known: Collection[str]) -> None:
+        """Raise OptionError if `disable` names none of the `known` passes; of GRAPHOPT_DISABLE, which many programs
+        may see, it is only told."""
+        for name in self.disable:
+            if name not in known:
+                nearest = _nearest(name, sorted(known))
+                message = f"there is no pass {name!r}{nearest}; `graphopt passes` lists those of the library"
+                if name not in _from_environment().get("disable", ()):
+                    raise OptionError(f"option 'disable': {message}")
+                warnings.warn(f"GRAPHOPT_DISABLE: {message}", stacklevel=2)
 
     @classmethod
     def parse(cls, mode: object = None, options: object = None) -> Options:

@@ -7,9 +7,10 @@ After each pass: dead code is gone, the graph lints, `meta["val"]` is right; a p
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeVar, cast
 
 from torch import fx
 
@@ -69,6 +70,9 @@ def graph_pass(
         raise OptionError(f"exactness must be 'bitwise', 'rounding' or 'lossy', got {exactness!r}")
     if stage not in STAGES:
         raise OptionError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    for what, name in (("before", before), ("after", after)):
+        if name is not None and not isinstance(name, str):
+            raise OptionError(f"{what} must be the name of a pass or a stage (str), got {name!r}")
 
     def declare(function: PassFunction) -> PassFunction:
         name = function.__name__
@@ -86,34 +90,71 @@ def describe(function: Callable[..., int]) -> PassInfo:
     return declared
 
 
-def arrange(passes: Iterable[Callable[..., int]]) -> list[Callable[..., int]]:
-    """Passes in the order they run: by stage, then as given, moved where `before` and `after` ask for it."""
+def arrange(
+    passes: Iterable[Callable[..., int]], absent: Iterable[Callable[..., int]] = ()
+) -> list[Callable[..., int]]:
+    """Passes in the order they run: by stage, then as given, moved where `before` and `after` ask for it.
+
+    absent: passes that do not run, but may be named; each counts as its stage.
+    Raises OptionError where `before` and `after` name what does not exist, contradict each other, or lead in a circle.
+    """
     ordered = sorted(passes, key=lambda function: STAGES.index(describe(function).stage))
-    placed = [function for function in ordered if not (describe(function).before or describe(function).after)]
-    for function in ordered:
-        declared = describe(function)
-        if declared.before or declared.after:
-            placed.insert(_position(placed, declared), function)
+    present = {describe(function).name for function in ordered}
+    stages = {describe(function).name: describe(function).stage for function in absent}
+    _check_names(map(describe, ordered), {*STAGES, *present, *stages})
+    placed = [function for function in ordered if not _named(describe(function))]
+    waiting = [function for function in ordered if _named(describe(function))]
+    while waiting:
+        missing = {describe(function).name for function in waiting}
+        ready = next((function for function in waiting if not missing & _named(describe(function))), None)
+        if ready is None:
+            raise OptionError(_circle([describe(function) for function in waiting]))
+        placed.insert(_position(placed, describe(ready), stages), ready)
+        waiting.remove(ready)
     return placed
 
 
-def _position(placed: Sequence[Callable[..., int]], declared: PassInfo) -> int:
-    def places(name: str) -> list[int]:
+def _named(declared: PassInfo) -> set[str]:
+    """The passes and stages that a pass wants to precede or follow."""
+    return {name for name in (declared.before, declared.after) if name}
+
+
+def _check_names(passes: Iterable[PassInfo], known: set[str]) -> None:
+    for declared in passes:
+        for name in sorted(_named(declared) - known):
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise OptionError(f"pass {declared.name!r} refers to unknown pass or stage {name!r}; {meant}")
+
+
+def _circle(waiting: Sequence[PassInfo]) -> str:
+    asked = (
+        f"{one.name!r} {word} {name!r}"
+        for one in waiting
+        for word, name in (("before", one.before), ("after", one.after))
+        if name
+    )
+    return f"passes cannot be ordered, their before= and after= lead in a circle: {', '.join(asked)}"
+
+
+def _position(placed: Sequence[Callable[..., int]], declared: PassInfo, stages: Mapping[str, Stage]) -> int:
+    def span(name: str) -> tuple[int, int]:
+        """The places of the first and behind the last pass of a name or stage."""
         found = [
             index
             for index, function in enumerate(placed)
             if name in (describe(function).name, describe(function).stage)
         ]
-        if not found and name not in STAGES:
-            known = ", ".join((*STAGES, *(describe(function).name for function in placed)))
-            raise OptionError(f"pass {declared.name!r} refers to unknown pass or stage {name!r}; known are {known}")
-        if not found:
-            later = STAGES.index(name)
-            found = [sum(STAGES.index(describe(function).stage) < later for function in placed)]
-        return found
+        if found:
+            return min(found), max(found) + 1
+        if name in stages:
+            return span(stages[name])
+        earlier = STAGES[: STAGES.index(cast(Stage, name))]
+        between = sum(describe(function).stage in earlier for function in placed)
+        return between, between
 
-    low = max(places(declared.after)) + 1 if declared.after else 0
-    high = min(places(declared.before)) if declared.before else len(placed)
+    low = span(declared.after)[1] if declared.after else 0
+    high = span(declared.before)[0] if declared.before else len(placed)
     if low > high:
         raise OptionError(
             f"pass {declared.name!r} cannot run after {declared.after!r} and before {declared.before!r}:"
@@ -162,7 +203,7 @@ def _run_one(
     saved, count_before = _copy(graph_module.graph), len(graph_module.graph.nodes)
     rewrites, error, started, made = 0, "", time.perf_counter(), session.rewrites
     try:
-        rewrites = function(graph_module)
+        rewrites = _count(function(graph_module), declared.name)
         edit.eliminate_dead_code(graph_module)
         graph_module.graph.lint()
         _check_values(graph_module, declared.name)
@@ -183,6 +224,12 @@ def _run_one(
         tuple(session.refusals),
         error,
     )
+
+
+def _count(rewrites: object, name: str) -> int:
+    if not isinstance(rewrites, int) or rewrites < 0:
+        raise PassError(f"{name} must return how many rewrites it made (int, 0 or more), got {rewrites!r}")
+    return int(rewrites)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

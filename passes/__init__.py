@@ -1,6 +1,7 @@
 """The pass library: one folder per stage, one file per pass, imported as `graphopt.passes`.
 
-`PIPELINE` is the order in which the passes of the library run.
+`PIPELINE` is the order in which the passes of the library run; `OPTIONAL` holds those that run when an option
+or a target asks for them.
 """
 
 import functools
@@ -65,6 +66,26 @@ PIPELINE: tuple[Callable[..., int], ...] = (
     prune_experts,
     # fuse: fewer bytes
     merge_parallel_linears,
+)
+
+
+OPTIONAL: tuple[Callable[..., int], ...] = (
+    # the target triton
+    write_in_place,
+    form_regions,
+    # kv_capacity, kv_cache, kv_dtype
+    fix_capacity,
+    page_cache,
+    quantize_cache,
+    # prune_heads, prune
+    prune_by_importance,
+    prune_certified,
+    drop_layers,
+    sparsify_linears,
+    # quantize
+    quantize_linears,
+    quantize_embeddings,
+    merge_quantized_linears,
 )
 
 

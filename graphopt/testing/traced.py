@@ -60,7 +60,10 @@ def trace(
 
     A pass that raises makes the call raise. optimised=False runs the graphs as they were before the passes.
     """
+    from graphopt import passes as library
+
     graphs: list[TracedGraph] = []
+    ordered = pipeline.arrange(passes, (*library.PIPELINE, *library.OPTIONAL))
 
     def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: capture.GraphInfo) -> Any:
         del inputs
@@ -74,7 +77,7 @@ def trace(
             if observer is not None:
                 observer(application)
 
-        reports = pipeline.run(graph_module, pipeline.arrange(passes), Options(strict=True), observer=count)
+        reports = pipeline.run(graph_module, ordered, Options(strict=True), observer=count)
         graphs.append(TracedGraph(info.kind, before, graph_module, reports, seen, same_layout))
         return _boxed(graph_module if optimised else before)
 
