@@ -60,7 +60,7 @@ class Application:
 
 @dataclasses.dataclass
 class Session:
-    """The rewrites made in one graph: their count, its limit, what was refused, and who watches.
+    """The rewrites made in one graph: their count, its limit, what was refused and noted, and who watches.
 
     only: which attempts may be applied, by their number from 1 (`selecting`); None means all.
     """
@@ -73,6 +73,7 @@ class Session:
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     only: frozenset[int] | None = None
     attempts: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def permits(self) -> bool:
         """Count one more attempt; may it be applied?"""
@@ -116,6 +117,13 @@ def refuse(node: fx.Node, reason: str) -> None:
     current = _session.get()
     if current is not None:
         current.refusals.append(Refusal(current.pass_name, node.name, reason, source_line(node)))
+
+
+def note(text: str) -> None:
+    """Record what the user of the running pass should know of its choice; shown by `graphopt.explain`."""
+    current = _session.get()
+    if current is not None:
+        current.notes.append(text)
 
 
 def source_line(node: fx.Node) -> str:

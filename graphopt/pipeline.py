@@ -39,7 +39,10 @@ class PassInfo:
 
 @dataclasses.dataclass(frozen=True)
 class PassReport:
-    """What one pass did to one graph. seconds is wall time; error is the exception's text if it was undone."""
+    """What one pass did to one graph. seconds is wall time; error is the exception's text if it was undone.
+
+    notes: what its user should know of what it chose.
+    """
 
     name: str
     stage: Stage
@@ -50,6 +53,7 @@ class PassReport:
     nodes_after: int
     refusals: tuple[edit.Refusal, ...] = ()
     error: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def graph_pass(
@@ -199,7 +203,8 @@ def _run_one(
     session: edit.Session,
     options: Options,
 ) -> PassReport:
-    session.pass_name, session.exactness, session.refusals = declared.name, declared.exactness, []
+    session.pass_name, session.exactness = declared.name, declared.exactness
+    session.refusals, session.notes = [], []
     saved, count_before = _copy(graph_module.graph), len(graph_module.graph.nodes)
     rewrites, error, started, made = 0, "", time.perf_counter(), session.rewrites
     try:
@@ -223,6 +228,7 @@ def _run_one(
         len(graph_module.graph.nodes),
         tuple(session.refusals),
         error,
+        tuple(session.notes),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 
 from graphopt.lowering import Choice, KernelSource
 from graphopt.pipeline import PassReport
@@ -74,6 +75,9 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for number, graph in enumerate(self.graphs, 1):
             yield pass_table(number, graph)
+            for done in graph.passes:
+                for note in done.notes:
+                    yield escape(f"{done.name}: {note}")
             yield lowering_table(graph)
             if graph.study is not None:
                 yield cost_table(graph.study.captured, graph.study.optimised)

@@ -51,6 +51,8 @@ class Watchers:
             counts = f"{done.rewrites} rewrites, {done.nodes_before} -> {done.nodes_after} nodes"
             undone = f", undone: {done.error}" if done.error else ""
             self._say(1, f"{done.stage}/{done.name}: {counts}, {done.seconds * 1e3:.1f} ms{undone}")
+            for note in done.notes:
+                self._say(1, f"    {note}")
             for refusal in done.refusals:
                 self._say(2, f"    refused %{refusal.node}: {refusal.reason} {refusal.where}".rstrip())
         if self._studying is not None:

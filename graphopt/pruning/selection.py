@@ -47,6 +47,62 @@ def give_up(candidates: Sequence[Candidate], keep: float, prune: PruneHeads) -> 
     return [sorted(heads) for heads in chosen]
 
 
+def comparison(candidates: Sequence[Candidate], chosen: Sequence[Sequence[int]], keep: float, prune: PruneHeads) -> str:
+    """What is given up, in words, beside random choice and the smallest norms at the same budget.
+
+    Measured by the calibration: the share of the importance by gradient, or the mean relative squared error of the
+    layers' outputs on the sampled inputs; without one by the share of the squared weights.
+    """
+    what = {
+        Importance: "share of the importance by gradient",
+        Calibration: "mean relative squared error of a layer's output",
+    }
+    measure = what.get(type(prune.calibration), "share of the squared weights")
+    ways = {prune.choice: chosen}
+    for way in ("random", "norm"):
+        if way not in ways:
+            other = give_up(candidates, keep, dataclasses.replace(prune, choice=way))
+            ways[way] = other if not isinstance(other, str) else []
+    costs = {way: _cost(candidates, gone, prune) for way, gone in ways.items()}
+    count = sum(map(len, chosen))
+    told = ", ".join(f"{way} {cost:.3g}" for way, cost in costs.items() if cost is not None)
+    return f"{count} of {sum(candidate.count for candidate in candidates)} given up; {measure}: {told}"
+
+
+def _cost(candidates: Sequence[Candidate], chosen: Sequence[Sequence[int]], prune: PruneHeads) -> float | None:
+    """What giving up the chosen heads costs by the calibration; None where that has not seen a weight."""
+    lost, whole = 0.0, 0.0
+    for candidate, gone in zip(candidates, chosen, strict=True):
+        if isinstance(prune.calibration, Calibration):
+            inputs = prune.calibration.find(candidate.name)
+            if inputs is None:
+                return None
+            lost, whole = lost + _relative_error(candidate, inputs.rows.float(), gone), whole + 1
+            continue
+        known = prune.calibration
+        parts = (
+            known.of_blocks(candidate.name, candidate.size) if isinstance(known, Importance) else _norms(candidate) ** 2
+        )
+        if parts is None:
+            return None
+        lost, whole = lost + float(parts[list(gone)].sum()), whole + float(parts.sum())
+    return lost / whole if whole else 0.0
+
+
+def _relative_error(candidate: Candidate, rows: Tensor, gone: Sequence[int]) -> float:
+    """The squared error of the output without some heads, relative to the square of the whole output."""
+    weight = candidate.weight.detach().float().cpu()
+    columns = [head * candidate.size + channel for head in gone for channel in range(candidate.size)]
+    error = (rows[:, columns] @ weight[:, columns].t()).square().sum()
+    return float(error / (rows @ weight.t()).square().sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _norms(candidate: Candidate) -> Tensor:
+    """Of the columns that read each head [heads]."""
+    norms: Tensor = candidate.weight.detach().float().cpu().unflatten(1, (-1, candidate.size)).norm(dim=(0, 2))
+    return norms
+
+
 def _scores(candidate: Candidate, prune: PruneHeads) -> Tensor | None:
     if prune.choice == "gradient":
         known = prune.calibration
@@ -54,8 +110,7 @@ def _scores(candidate: Candidate, prune: PruneHeads) -> Tensor | None:
     if prune.choice == "random":
         seeded = torch.Generator().manual_seed(zlib.crc32(candidate.name.encode()))
         return torch.rand(candidate.count, generator=seeded)
-    norms: Tensor = candidate.weight.detach().float().cpu().unflatten(1, (-1, candidate.size)).norm(dim=(0, 2))
-    return norms
+    return _norms(candidate)
 
 
 def _greedily(candidates: Sequence[Candidate], budget: int, prune: PruneHeads) -> list[list[int]] | str:

@@ -27,11 +27,15 @@ def prune_by_importance(graph_module: fx.GraphModule, *, prune: PruneHeads = MOS
         if keep is None:
             continue
         found = _candidates(graph_module, wants_heads)
+        candidates = [candidate for _, candidate in found]
         with _compat.without_modes():
-            chosen = selection.give_up([candidate for _, candidate in found], keep, prune)
-        if isinstance(chosen, str):
-            edit.refuse(graph_module.graph.output_node(), chosen)
-            continue
+            chosen = selection.give_up(candidates, keep, prune)
+            if isinstance(chosen, str):
+                edit.refuse(graph_module.graph.output_node(), chosen)
+                continue
+            if candidates:
+                what = "heads" if wants_heads else "channels"
+                edit.note(f"{what}: {selection.comparison(candidates, chosen, keep, prune)}")
         for (linear, candidate), gone in zip(found, chosen, strict=True):
             count += _remove(graph_module, linear, candidate, gone)
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -105,6 +106,37 @@ def test_the_least_important_heads_go(choice: str) -> None:
     twin.o.weight[:, 3 * D :] = 0
     with torch.no_grad():
         torch.testing.assert_close(compiled(x()), twin(x()))
+
+
+@pytest.mark.parametrize("choice", ["gradient", "greedy", "norm", "random"])
+def test_the_report_compares_the_choice_with_random_and_smallest_norm(choice: str) -> None:
+    """At the same budget: the numbers are those of the heads that each of the three would give up."""
+    subject, x0 = Layer(), x()
+    calibration: Any = None
+    if choice == "gradient":
+        calibration = graphopt.head_importance(subject, [{"x": x0}], loss=lambda y: y.square().mean())
+    elif choice == "greedy":
+        calibration = graphopt.calibrate(subject, [x0])
+    options = PruneHeads(keep=0.5, choice=choice, calibration=calibration)
+    report = graphopt.explain(subject, x0, options={"target": "reference", "prune_heads": options})
+    (done,) = (done for done in report.graphs[0].passes if done.name == "prune_by_importance")
+    (note,) = done.notes
+    assert note.startswith("heads: 2 of 4 given up; ") and " ".join(note.split()) in " ".join(str(report).split())
+    costs = {way: float(cost) for way, cost in re.findall(r"(\w+) ([\d.e+-]+)(?:,|$)", note.partition(": ")[2])}
+    assert list(costs) == list(dict.fromkeys([choice, "random", "norm"]))
+    if choice == "random":
+        assert costs["norm"] < costs["random"]
+        return
+    assert costs[choice] == min(costs.values()) < costs["random"]
+    if choice == "greedy":
+        seen: list[Tensor] = []
+        hook = subject.o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        subject(x0)
+        hook.remove()
+        whole = subject.o(seen[0])
+        kept = seen[0].index_fill(-1, torch.tensor([*range(D, 2 * D), *range(3 * D, 4 * D)]), 0)
+        error = (whole - subject.o(kept)).square().sum() / whole.square().sum()
+        assert costs["greedy"] == pytest.approx(float(error), rel=0.02)
 
 
 def test_channels_of_the_ffn() -> None:
