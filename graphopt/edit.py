@@ -160,11 +160,19 @@ class Rewrite:
     def _call_before(
         self, place: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node:
+        fx.map_arg((args, kwargs), lambda source: self._check_source(source, place))
         with self.graph_module.graph.inserting_before(place):
             node = self.graph_module.graph.call_function(target, args, kwargs)
         node.meta["val"] = evaluate(self.graph_module, node)
         self._adopt(node)
         return node
+
+    def _check_source(self, source: fx.Node, place: fx.Node) -> None:
+        name = self.provenance.pass_name
+        if source.graph is not self.graph_module.graph:
+            raise PassError(f"{name}: %{source.name} is a node of another graph")
+        if not source < place:
+            raise PassError(f"{name}: %{source.name} is computed only after %{place.name}, before which it is wanted")
 
     def inline(
         self, function: Callable[..., Any], *args: Any, decompositions: dict[Any, Any] | None = None, **kwargs: Any
@@ -209,8 +217,21 @@ class Rewrite:
         dense = self.call(aten.clone.default, self.call(aten.permute.default, new, order), **_DENSE)
         return self.call(aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
 
-    def constant(self, value: torch.Tensor) -> fx.Node:
-        """A new node that holds a tensor known now. It is shared by all calls: never let it become an output."""
+    def constant(self, value: torch.Tensor | Callable[[], torch.Tensor]) -> fx.Node:
+        """A new node that holds a tensor known now. It is shared by all calls: never let it become an output.
+
+        value: the tensor, or a function that makes it: what a pass computes itself is fake, passes run while a model
+        is traced.
+        """
+        if not isinstance(value, torch.Tensor) and callable(value):
+            with _compat.without_modes():
+                value = value()
+        if not isinstance(value, torch.Tensor) or _compat.is_fake(value):
+            what = "a tensor without numbers, made while tracing" if isinstance(value, torch.Tensor) else repr(value)
+            raise PassError(
+                f"{self.provenance.pass_name}: constant() needs a tensor that is known now, got {what};"
+                " give a function that makes it: constant(lambda: torch.ones(8))"
+            )
         name = f"_graphopt_constant{sum(1 for _ in self.graph_module.named_buffers())}"
         self.graph_module.register_buffer(name, value)
         with self.graph_module.graph.inserting_before(self.anchor):
@@ -229,12 +250,16 @@ class Rewrite:
         if isinstance(new, fx.Node):
             self._pair(old, new)
             return
+        if not isinstance(new, (list, tuple)):
+            raise PassError(f"{self.provenance.pass_name}: %{old.name} must be replaced by a node, got {new!r}")
         for user in list(old.users):
             if user.target is not operator.getitem:
                 raise PassError(f"{old.name} has several results but {user.name} uses it as one value")
             self._pair(user, new[cast(int, user.args[1])])
 
     def _pair(self, old: fx.Node, new: fx.Node) -> None:
+        if new.graph is not self.graph_module.graph:
+            raise PassError(f"{self.provenance.pass_name}: %{new.name} is a node of another graph")
         if self.permitted:
             difference = shapes.difference(old.meta.get("val"), new.meta.get("val"))
             if difference and (self._same_layout or not difference.startswith("stride")):
@@ -301,33 +326,6 @@ def evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
         assert callable(node.target)
         return node.target(*args, **kwargs)
-
-
-def consequences(graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> dict[fx.Node, Any] | str:
-    """The new values of all later nodes if `node` had the strides of `value`, or why it may not."""
-    changed: dict[fx.Node, Any] = {node: value}
-
-    def seen(argument: fx.Node) -> Any:
-        return changed.get(argument, argument.meta.get("val"))
-
-    nodes = list(graph_module.graph.nodes)
-    with _compat.fake_execution(graph_module):
-        for user in nodes[nodes.index(node) + 1 :]:
-            if user.op != "call_function" or not any(source in changed for source in user.all_input_nodes):
-                continue
-            args, kwargs = fx.map_arg((user.args, user.kwargs), seen)
-            assert callable(user.target)
-            try:
-                result = user.target(*args, **kwargs)
-            except (RuntimeError, ValueError) as error:
-                return f"{user.target} needs the cache's own strides: {str(error).splitlines()[0]}"
-            difference = shapes.difference(user.meta.get("val"), result)
-            if difference and not difference.startswith("stride"):
-                return f"{user.target} would have another {difference}"
-            if difference:
-                changed[user] = result
-    del changed[node]
-    return changed
 
 
 def trace_call(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from graphopt import shapes
+from graphopt import _compat, shapes
 
 aten = torch.ops.aten
 
@@ -170,3 +170,30 @@ def _is_repeated_transpose(seen: torch.Tensor, value: torch.Tensor) -> bool:
             for size, stride in zip(value.shape[:-2], value.stride()[:-2], strict=True)
         )
     )
+
+
+def consequences(graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> dict[fx.Node, Any] | str:
+    """The new values of all later nodes if `node` had the strides of `value`, or why it may not."""
+    changed: dict[fx.Node, Any] = {node: value}
+
+    def seen(argument: fx.Node) -> Any:
+        return changed.get(argument, argument.meta.get("val"))
+
+    nodes = list(graph_module.graph.nodes)
+    with _compat.fake_execution(graph_module):
+        for user in nodes[nodes.index(node) + 1 :]:
+            if user.op != "call_function" or not any(source in changed for source in user.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((user.args, user.kwargs), seen)
+            assert callable(user.target)
+            try:
+                result = user.target(*args, **kwargs)
+            except (RuntimeError, ValueError) as error:
+                return f"{user.target} needs the cache's own strides: {str(error).splitlines()[0]}"
+            difference = shapes.difference(user.meta.get("val"), result)
+            if difference and not difference.startswith("stride"):
+                return f"{user.target} would have another {difference}"
+            if difference:
+                changed[user] = result
+    del changed[node]
+    return changed

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt import edit, passes
+from graphopt.errors import OptionError
 from graphopt.pipeline import graph_pass
 from graphopt.testing import (
     assert_not_applied,
+    check_kernel,
     check_model,
     check_near_misses,
     check_pass,
@@ -195,3 +199,134 @@ def test_strategies_find_a_planted_bug_and_shrink_it() -> None:
     shown = "\n".join(getattr(info.value, "__notes__", []))
     assert "torch.sigmoid" in shown
     assert shown.count("\n    v") <= 2
+
+
+def _without(target: object) -> Callable[[fx.GraphModule], int]:
+    """A pass that drops updates in place: what no result of the program need show."""
+
+    @graph_pass(exactness="rounding")
+    def drop_updates(graph_module: fx.GraphModule) -> int:
+        found = graph_module.graph.find_nodes(op="call_function", target=target)
+        for node in found:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+        return 0
+
+    return drop_updates
+
+
+class Counting(torch.nn.Module):
+    """Updates a buffer that its result does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return x * 2
+
+
+def test_a_dropped_update_that_no_result_shows_is_found() -> None:
+    def updates(x: Tensor, y: Tensor) -> Tensor:
+        y.add_(1)
+        return x * 2
+
+    drop = _without(torch.ops.aten.copy_.default)
+    with pytest.raises(AssertionError, match="differ"):
+        check_pass(drop, updates, [torch.randn(2, 3), torch.randn(2, 3)])
+    with pytest.raises(AssertionError, match="differ"):
+        check_pass(drop, Counting(), [torch.randn(2, 3)])
+
+
+def test_check_model_compares_updates_of_arguments_and_buffers() -> None:
+    def updates(x: Tensor, y: Tensor) -> Tensor:
+        y.add_(1)
+        return x * 2
+
+    given = [torch.randn(2, 3), torch.zeros(2, 3)]
+    options = {"target": "reference"}
+    check_model(updates, *given, options=options)
+    assert given[1].sum() == 0
+    check_model(Counting(), given[0], options=options)
+    wrong = {**options, "passes": [_without(torch.ops.aten.copy_.default)]}
+    with pytest.raises(AssertionError, match="value 2.*1.0 became 0.0"):
+        check_model(updates, *given, options=wrong)
+    with pytest.raises(AssertionError, match="1.0 became 0.0"):
+        check_model(Counting(), given[0], options=wrong)
+
+
+def test_check_model_wants_a_model_and_options() -> None:
+    with pytest.raises(OptionError, match="model must be a module or a function, got 3"):
+        check_model(3, torch.ones(2))
+    with pytest.raises(OptionError, match="unknown option 'targett'"):
+        check_model(torch.nn.Identity(), torch.ones(2), options={"targett": "cpu"})
+
+
+def test_a_kernel_that_returns_its_argument_is_found() -> None:
+    with pytest.raises(AssertionError, match="result 0 shares memory with input 0"):
+        check_kernel(lambda x: x.clone(), lambda x: x, [torch.randn(3)])
+    check_kernel(lambda x: x.t(), lambda x: x.transpose(0, 1), [torch.randn(3, 2)])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: check_pass(halve, lambda x: x + 1, torch.ones(2)), "inputs must be a list .* got Tensor"),
+        (lambda: check_pass([], lambda x: x + 1, [torch.ones(2)]), "there is no pass to check"),
+        (lambda: check_pass(len, lambda x: x + 1, [torch.ones(2)]), "is not a pass: decorate it"),
+        (lambda: check_pass(halve, lambda x: x + 1, [torch.ones(2)], verify="some"), "verify='some': allowed are"),
+        (lambda: check_kernel(torch.exp, torch.exp, torch.ones(2)), "args must be a list .* got Tensor"),
+        (lambda: check_kernel(torch.exp, torch.exp, [torch.ones(2)], kinds=["nans"]), "kinds: 'nans' is not among"),
+        (lambda: check_kernel(torch.exp, torch.exp, [torch.ones(2)], exactness="exact"), "exactness: 'exact' is not"),
+    ],
+)
+def test_wrong_arguments(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        call()
+
+
+def test_a_function_without_a_graph_is_said_to_have_none() -> None:
+    with pytest.raises(AssertionError, match="there is no graph to look at"):
+        check_pass(halve, lambda x: x, [torch.ones(2)])
+    with pytest.raises(AssertionError, match="there is no graph to look at"):
+        assert_not_applied(halve, lambda x: x, [torch.ones(2)])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda rewrite, node: 3, "%add must be replaced by a node, got 3"),
+        (lambda rewrite, node: None, "%add must be replaced by a node, got None"),
+        (lambda rewrite, node: fx.Graph().placeholder("x"), "%x is a node of another graph"),
+        (lambda rewrite, node: rewrite.call(aten.neg.default, fx.Graph().placeholder("x")), "a node of another graph"),
+        (lambda rewrite, node: rewrite.call(aten.neg.default, *node.users), "%exp is computed only after %add"),
+        (lambda rewrite, node: rewrite.constant(1.0), "needs a tensor that is known now, got 1.0"),
+        (lambda rewrite, node: rewrite.constant(torch.ones(2)), r"without numbers.* constant.lambda: torch.ones.8"),
+    ],
+)
+def test_wrong_uses_of_edit_are_errors(make: Callable[..., object], said: str) -> None:
+    @graph_pass(exactness="rounding")
+    def careless(graph_module: fx.GraphModule) -> int:
+        (node,) = graph_module.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+        with edit.rewriting(graph_module, node) as rewrite:
+            rewrite.replace(node, make(rewrite, node))
+        return rewrite.applied
+
+    with pytest.raises(Exception, match=said):
+        check_pass(careless, lambda x: (x + 1).exp(), [torch.ones(2)])
+
+
+def test_constants_are_made_by_a_function() -> None:
+    @graph_pass(exactness="bitwise")
+    def add_ones(graph_module: fx.GraphModule) -> int:
+        count = 0
+        for node in graph_module.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+            if not isinstance(node.args[1], fx.Node):
+                with edit.rewriting(graph_module, node) as rewrite:
+                    ones = rewrite.constant(lambda: torch.ones(3))
+                    rewrite.replace(node, rewrite.call(aten.add.Tensor, node.args[0], ones))
+                count += rewrite.applied
+        return count
+
+    check_pass(add_ones, lambda x: x + 1, [torch.randn(2, 3)], count=1)

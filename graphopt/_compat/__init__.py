@@ -43,6 +43,9 @@ from graphopt._compat.fakes import (
     fake_value as fake_value,
 )
 from graphopt._compat.fakes import (
+    is_fake as is_fake,
+)
+from graphopt._compat.fakes import (
     lazy_graph_module as lazy_graph_module,
 )
 from graphopt._compat.fakes import (

@@ -30,6 +30,11 @@ def fake_value(graph_module: fx.GraphModule, value: torch.Tensor) -> torch.Tenso
     return value if mode is None else mode.from_tensor(value, static_shapes=True)
 
 
+def is_fake(value: torch.Tensor) -> bool:
+    """Whether a tensor stands for one of its shape and dtype, and holds no numbers."""
+    return isinstance(value, FakeTensor)
+
+
 @contextlib.contextmanager
 def fake_execution(graph_module: fx.GraphModule) -> Iterator[None]:
     """Run torch operations on the graph's fake values, keeping symbolic sizes symbolic."""

@@ -101,7 +101,7 @@ def _separate_parts(graph_module: fx.GraphModule, part: region.Region) -> int:
             with edit.rewriting(graph_module, linear) as rewrite:
                 reduction = Reduction(rewrite, part)
                 new = reduction.of(linear, linear.meta["val"].dim() - 1, tuple(range(first, first + width)))
-                changed = edit.consequences(graph_module, user, new.meta["val"])
+                changed = views.consequences(graph_module, user, new.meta["val"])
                 if isinstance(changed, str):
                     raise RuntimeError(changed)
                 rewrite.replace(user, new, same_layout=False)

@@ -13,7 +13,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from graphopt import edit, pipeline, shapes, text
-from graphopt.options import Options
+from graphopt.errors import OptionError
+from graphopt.options import VERIFY, Options
 from graphopt.testing import traced
 from graphopt.verify import Checker, judge, wide
 
@@ -42,12 +43,15 @@ def check_pass(
     eager takes that). Each rewrite is verified by itself at level `verify` ("off", "sample", "all"). Returns the first
     graph; AssertionError or VerificationError says what is wrong.
     """
-    passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
+    passes = _listed(pass_, inputs)
+    if verify not in VERIFY:
+        raise OptionError(f"verify={verify!r}: allowed are {', '.join(map(repr, VERIFY))}")
     function = copy.deepcopy(function) if isinstance(function, torch.nn.Module) else function
     observer = None if verify == "off" else Checker(verify)
     compiled = traced.trace(function, passes, observer=observer, dynamic=dynamic)
     exactness = _loosest(passes)
     _check_numbers(function, compiled, passes, inputs, exactness, dynamic)
+    _check_compiled(compiled)
     found = sum(graph.reports[-1].rewrites for graph in compiled.graphs)
     if count is not None and found != count:
         refusals = "; ".join(refusal.reason for graph in compiled.graphs for refusal in graph.refusals)
@@ -78,10 +82,11 @@ def assert_not_applied(
     dynamic: bool | None = None,
 ) -> traced.TracedGraph:
     """Assert that the (last) pass changes nothing here and, if `reason` is given, that a refusal contains it."""
-    passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
+    passes = _listed(pass_, inputs)
     compiled = traced.trace(function, passes, dynamic=dynamic)
     with torch.no_grad():
-        compiled(*_copies(inputs))
+        compiled(*copies(inputs))
+    _check_compiled(compiled)
     last = [graph.reports[-1] for graph in compiled.graphs]
     applied = sum(report.rewrites for report in last)
     if applied:
@@ -91,6 +96,25 @@ def assert_not_applied(
     if reason is not None and not any(reason in given for given in reasons):
         raise AssertionError(f"no refusal says {reason!r}; refusals: {reasons or 'none'}")
     return compiled.graphs[0]
+
+
+def _listed(pass_: Pass | Sequence[Pass], inputs: Any) -> list[Pass]:
+    """The passes as a list; raises OptionError for arguments of `check_pass` that mean something else."""
+    passes = list(pass_) if isinstance(pass_, Sequence) else [pass_]
+    if not passes:
+        raise OptionError("there is no pass to check")
+    if not isinstance(inputs, (list, tuple)):
+        raise OptionError(
+            f"inputs must be a list of the arguments, got {type(inputs).__name__}: write [x] for one tensor"
+        )
+    return passes
+
+
+def _check_compiled(compiled: traced.Traced) -> None:
+    if not compiled.graphs:
+        raise AssertionError(
+            "there is no graph to look at: the function computes nothing on tensors, or Dynamo left it alone"
+        )
 
 
 def check_graph(graph_module: fx.GraphModule) -> None:
@@ -113,13 +137,13 @@ def _check_numbers(
     dynamic: bool | None,
 ) -> None:
     with torch.no_grad():
-        optimised = _run(compiled, function, inputs)
+        optimised = run(compiled, function, inputs)
         if exactness != "lossy":
             _check_other_weights(function, compiled, inputs)
-        eager = _run(function, function, inputs)
+        eager = run(function, function, inputs)
         graphs = list(compiled.graphs)
-        plain = _run(traced.trace(function, passes, optimised=False, dynamic=dynamic), function, inputs)
-        exact = _run(function, function, inputs, widened=True)
+        plain = run(traced.trace(function, passes, optimised=False, dynamic=dynamic), function, inputs)
+        exact = run(function, function, inputs, widened=True)
     compiled.graphs[:] = graphs
     layout = all(graph.same_layout for graph in graphs)
     found = judge.difference(plain.values, optimised.values, exact.values, exactness, layout=layout)
@@ -129,10 +153,9 @@ def _check_numbers(
     found = judge.difference(eager.values, optimised.values, exact.values, against_eager, layout=layout)
     if found is not None:
         raise AssertionError(f"results differ from eager: {found}")
-    for (output, other), shared in optimised.aliases.items():
-        if shared != eager.aliases.get((output, other), shared):
-            verb = "shares" if shared else "does not share"
-            raise AssertionError(f"result {output} {verb} memory with {other}, unlike eager's")
+    found_alias = judge.alias_difference(eager.aliases, optimised.aliases)
+    if found_alias:
+        raise AssertionError(found_alias)
 
 
 def _check_other_weights(function: Callable[..., Any], compiled: traced.Traced, inputs: Sequence[Any]) -> None:
@@ -145,8 +168,8 @@ def _check_other_weights(function: Callable[..., Any], compiled: traced.Traced, 
     try:
         for weight in floating:
             weight.mul_(1.25)
-        optimised = _run(compiled, function, inputs).values
-        eager, exact = (_run(function, function, inputs, widened=widened).values for widened in (False, True))
+        optimised = run(compiled, function, inputs).values
+        eager, exact = (run(function, function, inputs, widened=widened).values for widened in (False, True))
     finally:
         for weight, value in zip(floating, saved, strict=True):
             weight.copy_(value)
@@ -156,7 +179,7 @@ def _check_other_weights(function: Callable[..., Any], compiled: traced.Traced, 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """Results, inputs after the call and buffers after the call, and which results share memory with what.
 
     values is None where a float64 run is not possible.
@@ -166,18 +189,20 @@ class _Outcome:
     aliases: dict[tuple[int, str], bool]
 
 
-def _run(call: Callable[..., Any], owner: Callable[..., Any], inputs: Sequence[Any], widened: bool = False) -> _Outcome:
+def run(call: Callable[..., Any], owner: Callable[..., Any], inputs: Sequence[Any], widened: bool = False) -> Outcome:
     """One call; whatever it does to the owner's buffers is undone."""
     state = {name: value.detach().clone() for name, value in _state(owner)}
-    copies = _copies(inputs)
+    given = wide.widened(copies(inputs)) if widened else copies(inputs)
     torch.manual_seed(0)
     try:
-        results = wide.run_wide(call, copies) if widened else call(*copies)
+        results = wide.run_wide(call, given) if widened else call(*given)
         if results is None and widened:
-            return _Outcome(None, {})
-        made, given = tree_leaves(results), tree_leaves(copies)
-        found = [leaf for leaf in (*made, *given) if leaf is not None]
-        return _Outcome(found + [value.detach().clone() for _, value in _state(owner)], judge.alias_sets(made, given))
+            return Outcome(None, {})
+        made, after = tree_leaves(results), tree_leaves(given)
+        found = [leaf for leaf in (*made, *after) if leaf is not None]
+        # In float64 no buffer is updated: those are compared within a tolerance.
+        buffers = [None if widened else value.detach().clone() for _, value in _state(owner)]
+        return Outcome([*found, *buffers], judge.alias_sets(made, after))
     finally:
         with torch.no_grad():
             for name, value in _state(owner):
@@ -231,16 +256,18 @@ def _doubled(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
     more = list(tree_map(double, tuple(inputs)))
     try:
         with torch.no_grad():
-            _run(function, function, more)
+            run(function, function, more)
     except (RuntimeError, IndexError, ValueError):
         return []
     return more
 
 
-def _copies(inputs: Sequence[Any]) -> list[Any]:
+def copies(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs with new tensors, so that a call may change them."""
+
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
-            return leaf
+            return copy.deepcopy(leaf)
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
     return list(tree_map(copied, tuple(inputs)))

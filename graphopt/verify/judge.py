@@ -10,7 +10,7 @@ lossy: only dtype, shape and stride are compared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,14 @@ def alias_sets(outputs: Sequence[Any], inputs: Sequence[Any]) -> dict[tuple[int,
                 shared = output.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
                 aliases[number, name] = shared
     return aliases
+
+
+def alias_difference(eager: Mapping[tuple[int, str], bool], found: Mapping[tuple[int, str], bool]) -> str:
+    """The first result that shares memory otherwise than eager's, as text; "" if there is none."""
+    for (output, other), shared in found.items():
+        if shared != eager.get((output, other), shared):
+            return f"result {output} {'shares' if shared else 'does not share'} memory with {other}, unlike eager's"
+    return ""
 
 
 def _has_memory(value: Any) -> bool:

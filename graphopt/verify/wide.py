@@ -38,9 +38,15 @@ def run_wide(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     """`function(*inputs)` in float64, or None where an operation has no float64 form (a bit cast, a packed kernel)."""
     try:
         with Wide():  # type: ignore[no-untyped-call]
-            return function(*tree_map(_widen_tensor, tuple(inputs)))
+            return function(*widened(inputs))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return None
+
+
+def widened(inputs: Sequence[Any]) -> Sequence[Any]:
+    """The inputs with floating point tensors in float64; those that are in float64 already are the same tensors."""
+    wide: Sequence[Any] = tree_map(_widen_tensor, tuple(inputs))
+    return wide
 
 
 def _widen_tensor(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import edit, ops
+from graphopt import edit, ops, views
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def move_into(
     """
     graph_module = rewrite.graph_module
     moved = rewrite.call(aten.slice_scatter.default, room, rows, dim, start, end)
-    changed = edit.consequences(graph_module, node, moved.meta["val"])
+    changed = views.consequences(graph_module, node, moved.meta["val"])
     if isinstance(changed, str):
         return changed
     for window in _returned_windows(graph_module, node, dim):
