@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from graphopt import program, text
+from graphopt import lowering, program, text
 
 _MAIN = """if __name__ == "__main__":
     torch.manual_seed(0)
@@ -68,6 +68,7 @@ def source(name: str, graph_module: fx.GraphModule) -> str:
         f'"""The graph after {name}. Inputs are random, whole numbers are 0; run this file to try it."""\n\n'
         + program.HEADER,
         program.STRIDED,
+        *filter(None, [lowering.definitions(graph_module)]),
         *([program.constants(graph_module)] if held else []),
         program.function(graph_module, "graph"),
         program.example_inputs(graph_module),

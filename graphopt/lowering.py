@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import capture, edit, ops
+from graphopt import capture, edit, ops, standalone
 from graphopt.errors import OptionError
 from graphopt.pipeline import Exactness, PassInfo
 from graphopt.runtime.artifact import Artifact
@@ -128,17 +128,19 @@ def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -
 USERS_KERNELS = "graphopt_kernels"
 """The namespace of the operators that `lowering` makes."""
 _kernels = torch.library.Library(USERS_KERNELS, "DEF")
+_made: dict[str, CustomLowering] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class CustomLowering:
     """A kernel of the user's, as a pass that calls it in place of each operation `op` that it supports.
 
-    kernel: the operator `torch.ops.graphopt_kernels.NAME`, with the arguments of `op`, which launches it.
+    kernel: the operator `torch.ops.graphopt_kernels.NAME`, with the arguments of `op`, which launches it by `function`.
     """
 
     op: torch._ops.OpOverload
     kernel: torch._ops.OpOverload
+    function: Callable[..., Any]
     supports: Supports
     graph_pass: PassInfo
 
@@ -187,9 +189,46 @@ def lowering(
         torch.library.register_fake(f"graphopt_kernels::{name}", op, lib=_kernels)
         kernel: torch._ops.OpOverload = getattr(torch.ops.graphopt_kernels, name).default
         declared = PassInfo(function.__name__, exactness, "fuse", training=True)
-        return CustomLowering(op, kernel, supports, declared)
+        _made[name] = CustomLowering(op, kernel, function, supports, declared)
+        return _made[name]
 
     return declare
+
+
+def users_kernels(graph_module: fx.GraphModule) -> list[KernelSource]:
+    """The kernels of the user's that a graph calls, each with its own source and all that it needs."""
+    found = []
+    for name, nodes in _calls(graph_module).items():
+        try:
+            text = standalone.source(_made[name].function)
+        except standalone.Unwritable as error:
+            text = f"# There is no source of {name} that stands alone: {error}.\n"
+        found.append(KernelSource(name, "python", text, nodes, nodes))
+    return found
+
+
+def definitions(graph_module: fx.GraphModule) -> str:
+    """A piece of a program that defines the kernels of the user's that a graph calls; "" if it calls none."""
+    parts = []
+    for kernel in users_kernels(graph_module):
+        made = _made[kernel.name]
+        own = made.function.__name__
+        parts.append(kernel.source.rstrip("\n"))
+        if own != kernel.name:
+            parts.append(f"{own}.__name__ = {kernel.name!r}")
+        parts.append(f"lowering(torch.ops.{made.op}, lambda node: None)({own})")
+    return "\n\n".join(["from graphopt.lowering import lowering", *parts]) if parts else ""
+
+
+def _calls(graph_module: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """By name of the kernel the nodes that call it, inside of fused regions too."""
+    found: dict[str, tuple[str, ...]] = {}
+    for module in graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == USERS_KERNELS:
+                name = node.target._schema.name.partition("::")[2]
+                found[name] = (*found.get(name, ()), node.name)
+    return found
 
 
 def _check_parameters(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:

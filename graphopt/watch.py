@@ -16,7 +16,7 @@ from torch import fx
 
 from graphopt import kernel_sources, report, text
 from graphopt.dump import Dump
-from graphopt.lowering import Lowered
+from graphopt.lowering import Lowered, users_kernels
 from graphopt.options import Options
 from graphopt.study import Studying
 
@@ -55,6 +55,8 @@ class Watchers:
                 self._say(1, f"    {note}")
             for refusal in done.refusals:
                 self._say(2, f"    refused %{refusal.node}: {refusal.reason} {refusal.where}".rstrip())
+        if self._watches_kernels():
+            self._report.kernels = users_kernels(graph_module)
         if self._studying is not None:
             self._report.study = self._studying.finish(graph_module)
 
@@ -65,9 +67,9 @@ class Watchers:
             self._say(2, f"%{choice.node} {choice.op}: {choice.lowering}{declined}")
         for what, reason in lowered.left_out:
             self._say(1, f"left to torch: {what}: {reason}")
-        if self._dump is None and self._studying is None and self._debug < 4:
+        if not self._watches_kernels():
             return
-        self._report.kernels = [*lowered.kernels, *kernel_sources.of_inductor(lowered.artifact.source)]
+        self._report.kernels += [*lowered.kernels, *kernel_sources.of_inductor(lowered.artifact.source)]
         for kernel in self._report.kernels:
             self._say(4, f"kernel {kernel.name}:\n{kernel.source}")
         if self._dump is not None:
@@ -75,6 +77,9 @@ class Watchers:
                 self._dump.kernel(f"{kernel.name}.{'cpp' if kernel.language == 'cpp' else 'py'}", kernel.source)
             plain = dataclasses.replace(self._report, kernels=[], study=None)
             self._dump.report(json.dumps(dataclasses.asdict(plain), indent=1, default=str))
+
+    def _watches_kernels(self) -> bool:
+        return self._dump is not None or self._studying is not None or self._debug >= 4
 
     def _say(self, level: int, message: str) -> None:
         if self._debug >= level:

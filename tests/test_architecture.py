@@ -41,6 +41,7 @@ LAYERS = (
         "graphopt.report_tables",
         "graphopt.study",
         "graphopt.kernel_sources",
+        "graphopt.standalone",
     ),
     ("graphopt.passes", "graphopt.backends"),
     (

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 import graphopt
-from graphopt import ops
+from graphopt import ops, standalone
 from graphopt.errors import OptionError
+from graphopt.html import render
 from graphopt.lowering import CustomLowering, arguments, lowering
 from graphopt.passes.recognize.recognize_attention import recognize_attention
 from graphopt.passes.recognize.recognize_rms_norm import recognize_rms_norm
@@ -121,3 +128,89 @@ def test_a_kernel_defined_again_is_another_one() -> None:
 def test_what_cannot_be_lowered_is_an_error(op, function, message) -> None:
     with pytest.raises(OptionError, match=message):
         lowering(op, lambda node: None)(function)
+
+
+# A file as a user writes it: a Triton kernel, a helper, a constant, the question, the decorator.
+USERS_FILE = '''
+import torch
+import triton
+import triton.language as tl
+from torch import empty_like as like
+from graphopt import ops
+from graphopt.backends.triton import interpret
+from graphopt.lowering import arguments, lowering
+
+STRETCH = 1.5
+
+@triton.jit
+def doubled(value):
+    return value + value
+
+@triton.jit
+def norm_rows(x, weight, out, eps, stretch, columns, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < columns
+    value = tl.load(x + row * columns + column, mask=inside, other=0.0)
+    scale = 1 / tl.sqrt(tl.sum(value * value, 0) / columns + eps)
+    gain = tl.load(weight + column, mask=inside, other=0.0)
+    tl.store(out + row * columns + column, gain * (doubled(value) * scale) / 2 * stretch, mask=inside)
+
+def interpreted(programs):
+    return lambda *args, **constants: interpret.launch(norm_rows, programs, *args, **constants)
+
+@lowering(ops.rms_norm, lambda node: None)
+def stretched_norm(x, weight, eps, weight_offset, cast_first):
+    out, columns = like(x), x.shape[-1]
+    interpreted(x.numel() // columns)(x, weight, out, eps, STRETCH, columns, BLOCK=triton.next_power_of_2(columns))
+    return out
+'''
+
+
+def test_the_report_the_dump_and_the_reproducer_hold_the_users_kernel(tmp_path: Path) -> None:
+    """The programs run in another directory, where the user's file cannot be imported."""
+    (tmp_path / "users_kernels.py").write_text(USERS_FILE)
+    spec = importlib.util.spec_from_file_location("users_kernels", tmp_path / "users_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["users_kernels"] = module
+    spec.loader.exec_module(module)
+    options = {"target": "reference", "passes": [module.stretched_norm]}
+    report = graphopt.explain(norm, *operands(), options={**options, "dump": tmp_path / "right"})
+    (kernel,) = [kernel for kernel in report.graphs[0].kernels if kernel.name == "stretched_norm"]
+    assert "tl.store(out" in kernel.source and "STRETCH = 1.5" in kernel.source and kernel.calls
+    assert "tl.store(out" in render(report, "a kernel of the user&#39;s")
+    (written,) = (tmp_path / "right").glob("graph_*/kernels/stretched_norm.py")
+    assert "def doubled(value)" in written.read_text()
+    (program,) = (tmp_path / "right").glob("graph_*/*_stretched_norm.py")
+    done = run_elsewhere(program)
+    assert done.returncode == 0 and "tensor(" in done.stdout, done.stderr
+
+    graphopt.explain(norm, *operands(), options={**options, "dump": tmp_path / "wrong", "verify": "sample"})
+    (reproducer,) = (tmp_path / "wrong" / "repro").glob("repro_stretched_norm_*.py")
+    done = run_elsewhere(reproducer)
+    assert done.returncode == 1 and "elements differ" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def run_elsewhere(program: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", str(program)]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+
+
+def test_a_kernel_without_source_says_so() -> None:
+    scope: dict[str, Any] = {}
+    exec("def typed_in(x, weight, eps, weight_offset, cast_first):\n    return x.clone()", scope)
+    made = lowering(ops.rms_norm, lambda node: None)(scope["typed_in"])
+    report = graphopt.explain(norm, *operands(), options={"target": "reference", "passes": [made]})
+    (kernel,) = [kernel for kernel in report.graphs[0].kernels if kernel.name == "typed_in"]
+    assert kernel.source == "# There is no source of typed_in that stands alone: typed_in has no source.\n"
+
+
+TABLE = torch.ones(2)
+
+
+def needs_a_tensor(x: torch.Tensor) -> torch.Tensor:
+    return x + TABLE
+
+
+def test_what_no_program_can_hold_is_named() -> None:
+    with pytest.raises(standalone.Unwritable, match="TABLE is a Tensor"):
+        standalone.source(needs_a_tensor)

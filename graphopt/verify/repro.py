@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphopt import program
+from graphopt import lowering, program
 from graphopt.verify.cut import Pair
 
 _CHECK = """if __name__ == "__main__":
@@ -51,6 +51,7 @@ def write(directory: Path, pair: Pair, values: list[Any], message: str) -> Path:
             [
                 f"{heading}\n\n{program.HEADER}from graphopt.verify import judge, wide",
                 program.STRIDED,
+                *(text for text in dict.fromkeys(map(lowering.definitions, (pair.before, pair.after))) if text),
                 *([constants] if both else []),
                 inputs,
                 program.function(pair.before, "before"),
