@@ -131,7 +131,7 @@ def test_what_cannot_be_lowered_is_an_error(op, function, message) -> None:
 
 
 # A file as a user writes it: a Triton kernel, a helper, a constant, the question, the decorator.
-USERS_FILE = '''
+USERS_FILE = """
 import torch
 import triton
 import triton.language as tl
@@ -163,7 +163,7 @@ def stretched_norm(x, weight, eps, weight_offset, cast_first):
     out, columns = like(x), x.shape[-1]
     interpreted(x.numel() // columns)(x, weight, out, eps, STRETCH, columns, BLOCK=triton.next_power_of_2(columns))
     return out
-'''
+"""
 
 
 def test_the_report_the_dump_and_the_reproducer_hold_the_users_kernel(tmp_path: Path) -> None:
