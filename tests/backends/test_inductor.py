@@ -55,6 +55,7 @@ def test_remainder(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dt
     torch.testing.assert_close(compiled(function)(a, b), function(a, b), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 12), reason="Inductor of torch 2.11 leaves out a cast and back", strict=True)
 def test_a_cast_loses_its_bits() -> None:
     x = torch.tensor([1.0 + 2**-12, 1e-9, 70000.0])
     for narrow in (torch.bfloat16, torch.float16):
