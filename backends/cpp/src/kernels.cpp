@@ -15,6 +15,7 @@ using namespace graphopt;
 #include "linear.h"
 #include "linear_columns.h"
 #include "quantized.h"
+#include "quantized_dynamic.h"
 #include "quantized_fixed.h"
 
 namespace {
