@@ -92,9 +92,11 @@ def _source(name: str, value: Any, decorated: bool) -> str:
 
 def _needed(text: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The names in a source that its module, or the functions around it, define."""
-    known: Mapping[str, Any] = vars(sys.modules[value.__module__])
+    known: Mapping[str, Any]
     if isinstance(value, types.FunctionType):
         known = {**value.__globals__, **inspect.getclosurevars(value).nonlocals}
+    else:  # code that `exec` ran may name a module that there is not
+        known = vars(sys.modules[value.__module__]) if value.__module__ in sys.modules else {}
     names = (node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name))
     for name in dict.fromkeys(names):
         if name in known and name != value.__name__:
