@@ -94,23 +94,28 @@ struct CodeAttention {
     work.template in_passes<4>(0, work.of_head, [&]<int many>(int64_t row) INLINE_LAMBDA { score_rows<many>(first + row, column); });
   }
 
+  // Packs `count` numbers times the scales, by way of `product`. Gives what sums are to be multiplied with, and in `added`
+  // what the offsets add to them.
+  template <class Factors>
+  INLINE F scaled_factors(const float* numbers, int64_t count, float* product, uint16_t* words, F& added) const {
+    const float *by = scale, *plus = offset;
+    F dot{};
+    for (int64_t i = 0; i < count; i += lanes) {
+      store(product + i, load(numbers + i) * load(by + i));
+      if (has_offset) dot += load(numbers + i) * load(plus + i);
+    }
+    added = has_offset ? splat(sum(dot)) : F{};
+    return pack_factors<Factors>(product, count, words);
+  }
+
   template <int many>
   INLINE void score_rows(int64_t first, int64_t column) {
     uint16_t* const packed = factors;
     const uint8_t* const four = quads;
     const int64_t columns = this->columns, width = this->width;
     F unit[many], added[many];
-    for (int r = 0; r < many; ++r) {
-      const float *q = queries + (first + r) * width, *by = scale, *plus = offset;
-      float* const product = scaled;
-      F dot{};
-      for (int64_t i = 0; i < width; i += lanes) {
-        store(product + i, load(q + i) * load(by + i));
-        if (has_offset) dot += load(q + i) * load(plus + i);
-      }
-      unit[r] = pack_factors<Keys>(product, width, packed + r * Keys::parts * width);
-      added[r] = has_offset ? splat(sum(dot)) : F{};
-    }
+    for (int r = 0; r < many; ++r)
+      unit[r] = scaled_factors<Keys>(queries + (first + r) * width, width, scaled, packed + r * Keys::parts * width, added[r]);
     typename Keys::Sum totals[many * 2 * Keys::sums];
 #pragma GCC unroll 24
     for (auto& total : totals) total = Keys::zero();
@@ -199,16 +204,9 @@ struct CodeAttention {
     uint16_t* const packed = factors;
     F unit[many], added[many];
     for (int r = 0; r < many; ++r) {
-      const float *weights = work.scores + (first + r) * key_block, *by = scale, *plus = offset;
       alignas(64) float product[key_block];
       alignas(64) uint16_t words[Values::parts * key_block];
-      F dot{};
-      for (int64_t i = 0; i < key_block; i += lanes) {
-        store(product + i, load(weights + i) * load(by + i));
-        if (has_offset) dot += load(weights + i) * load(plus + i);
-      }
-      unit[r] = pack_factors<Values>(product, key_block, words);
-      added[r] = has_offset ? splat(sum(dot)) : F{};
+      unit[r] = scaled_factors<Values>(work.scores + (first + r) * key_block, key_block, product, words, added[r]);
       for (int part = 0; part < Values::parts; ++part)
         for (int64_t i = 0; i < 2; ++i) {
           const __m512i pairs = _mm512_load_si512(words + part * key_block + i * 2 * lanes);

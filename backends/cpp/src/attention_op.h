@@ -68,7 +68,7 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Ma
     AttentionTask task = task_of(q, k, v, mask, out, causal, scale, softcap, window, nan_rows);
     if (task.queries <= max_decode_rows) {
       task.together = heads_together(task, k.stride(1) < k.stride(2) && v.stride(1) < v.stride(2));
-      run_attention(dtype, task, 0, [&](const AttentionPiece& piece, float* memory, float*) {
+      run_attention(dtype, task, 1, 0, [&](const AttentionPiece& piece, float* memory, float*) {
         kernels().attention_piece(dtype, task, piece, memory);
       });
       return out;

@@ -77,7 +77,7 @@ Tensor attention_paged_cpu(const Tensor& q, const Tensor& k_first, const Tensor&
   task.keys = length;
   task.together = heads_together(task, true);
   const PagedRows k_rows = rows_of(k), v_rows = rows_of(v);
-  run_attention(dtype, task, 0, [&](const AttentionPiece& piece, float* memory, float*) {
+  run_attention(dtype, task, 1, 0, [&](const AttentionPiece& piece, float* memory, float*) {
     kernels().attention_paged(dtype, task, k_rows, v_rows, piece, memory);
   });
   return out;

@@ -11,7 +11,7 @@
 namespace graphopt {
 namespace quantized_cache {
 
-constexpr int64_t group = key_group;
+constexpr int64_t group = 32;  // keys that share parameters (cache_operations.py)
 
 CacheKind kind_of(c10::string_view name) {
   if (name == "int8") return CacheKind::int8;
@@ -94,7 +94,7 @@ Tensor attention_quantized_cpu(const Tensor& q, const Tensor& k_codes, const Ten
   task.keys = length;
   const QuantizedRows k_rows = rows_of(k, kind), v_rows = rows_of(v, kind);
   task.together = heads_together(task, k_codes.stride(1) < k_codes.stride(2) && v_codes.stride(1) < v_codes.stride(2));
-  run_attention(rows, task, kernels().quantized_floats(task), [&](const AttentionPiece& piece, float* memory, float* block) {
+  run_attention(rows, task, k_rows.group, kernels().quantized_floats(task), [&](const AttentionPiece& piece, float* memory, float* block) {
     kernels().attention_quantized(tail, task, k_rows, v_rows, piece, memory, block);
   });
   return out.to(q.scalar_type());

@@ -20,8 +20,6 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Keys are shared out among threads in blocks of this many.
 inline constexpr int64_t key_unit = 64;
-// Quantised ones begin with a whole group of keys, which share parameters (cache_operations.py).
-inline constexpr int64_t key_group = 32;
 // Query rows of kv heads that are served together.
 inline constexpr int64_t most_rows_together = 64;
 // Below this many multiply-adds a second thread costs more than it brings.
@@ -97,9 +95,9 @@ inline bool is_hidden(const AttentionTask& task, Dtype dtype, int64_t key) {
 }
 
 // Share the task (its `together` filled in) out among threads, each of which does pieces by `work(piece, scratch, extra)`: scratch memory as the
-// kernels of `dtype` ask for, and `extra_floats` more, which quantised keys want.
+// kernels of `dtype` ask for, and `extra_floats` more. Pieces begin at a multiple of `group` keys, a divisor of key_unit.
 template <class Work>
-void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats, Work&& work_on) {
+void run_attention(Dtype dtype, const AttentionTask& task, int64_t group, int64_t extra_floats, Work&& work_on) {
   const Kernels& table = kernels();
   int64_t scratch_floats, part_floats;
   table.attention_floats(dtype, task, &scratch_floats, &part_floats);
@@ -111,7 +109,7 @@ void run_attention(Dtype dtype, const AttentionTask& task, int64_t extra_floats,
     while (end > begin + 1 && is_hidden(task, dtype, end - 1)) --end;
     while (begin < end - 1 && is_hidden(task, dtype, begin)) ++begin;
   }
-  if (extra_floats) begin -= begin % key_group;
+  begin -= begin % group;
   const int64_t blocks = (end - begin + key_unit - 1) / key_unit, groups = task.kv_heads / task.together;
   const int64_t heads = task.batch * groups;  // or several at once
   const int64_t work = task.batch * task.kv_heads * (end - begin) * (task.heads / task.kv_heads) * task.queries * (task.dim + task.dim_v);

@@ -11,19 +11,13 @@
 
 namespace {
 
-template <class M>
-struct FixedX;
-template <class M>
-bool place_fixed(const uint16_t* x, int64_t ldx, PackedRows rows);
-template <class M>
-void fixed_range(const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end);
-
 #if defined(__AVX512VNNI__)
 constexpr float largest_fixed = 0x1p22f - 2;  // rounding must not reach 2^22
 
+constexpr int64_t fixed_vectors = 4;  // of x for a step of 64 codes: three digits, and what raising adds
+
 // What packing leaves of x, and room for the scales and results of the weight rows at work. Readers without fixed
 // point have what lies behind the first 64 bytes, which say whose it is.
-template <class M>
 struct FixedX {
   int64_t ldx;     // vectors of a row of x
   bool* fits;      // whether every row is one for fixed point
@@ -39,7 +33,7 @@ struct FixedX {
     scales = totals + m * outputs_at_once;
     x = reinterpret_cast<__m512i*>(scales + scales_room(k));
   }
-  static int64_t vectors(int64_t k) { return round_up(k, 128) / M::elements * M::vectors; }  // to whole groups
+  static int64_t vectors(int64_t k) { return round_up(k, 128) / 64 * fixed_vectors; }  // to whole groups
   static int64_t scales_room(int64_t k) { return round_up(outputs_at_once * ((k + run - 1) / run), lanes) + lanes; }
   static size_t bytes(int64_t m, int64_t k) {
     return (lanes + round_up(m, lanes) + m * outputs_at_once + scales_room(k)) * sizeof(float) + m * vectors(k) * 64;
@@ -67,36 +61,33 @@ INLINE __m128i fourths(__m512i numbers) {
 }
 INLINE __m128i times(__m128i numbers, int factor) { return _mm_mullo_epi32(numbers, _mm_set1_epi32(factor)); }
 
-// A step of 64 codes, raised by 128, against `vectors` of x: three digits, and what raising adds. group: of columns under
-// one scale; 0 if one serves the row.
+// A half step of x.
+INLINE void place_digits(__m512i first, __m512i second, __m512i* x, int64_t number) {
+  uint8_t* out = reinterpret_cast<uint8_t*>(x + number / 2 * fixed_vectors) + number % 2 * 32;
+  put_digits(first, out, 64), put_digits(second, out + 16, 64);
+  __m128i* raised = reinterpret_cast<__m128i*>(out + 3 * 64);
+  _mm_storeu_si128(raised, times(fourths(first), -128)), _mm_storeu_si128(raised + 1, times(fourths(second), -128));
+}
+
+// The codes of a step, raised by 128.
+INLINE __m512i raised_codes(const uint8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
+
+INLINE F products(__m512i codes, const __m512i* x) {
+  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x[0]);
+  for (int i = 1; i < 3; ++i) sums = _mm512_dpbusd_epi32(_mm512_slli_epi32(sums, 8), codes, x[i]);
+  return F(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, x[3])));
+}
+
+// Adds step number s under its scales. group: of columns under one scale; 0 if one serves the row.
 template <int group>
-struct FixedBytes {
-  static constexpr int elements = 64, vectors = 4;
-  static INLINE __m512i step(const uint8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
-  static INLINE F products(__m512i codes, const __m512i* x) {
-    __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x[0]);
-    for (int i = 1; i < 3; ++i) sums = _mm512_dpbusd_epi32(_mm512_slli_epi32(sums, 8), codes, x[i]);
-    return F(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, x[3])));
-  }
-  static INLINE F scale(const float* scales, int64_t s) {
-    if constexpr (group == 32)
-      return F(_mm512_insertf32x8(_mm512_set1_ps(scales[2 * s]), _mm256_set1_ps(scales[2 * s + 1]), 1));
-    else
-      return splat(scales[s * elements / group]);
-  }
-  static INLINE F add(F sum, __m512i codes, const __m512i* x, const float* scales, int64_t s) {
-    if constexpr (group == 0)
-      return sum + products(codes, x);
-    else
-      return sum + products(codes, x) * scale(scales, s);
-  }
-  static INLINE void place(__m512i first, __m512i second, __m512i* x, int64_t number) {
-    uint8_t* out = reinterpret_cast<uint8_t*>(x + number / 2 * vectors) + number % 2 * 32;
-    put_digits(first, out, 64), put_digits(second, out + 16, 64);
-    __m128i* raised = reinterpret_cast<__m128i*>(out + 3 * 64);
-    _mm_storeu_si128(raised, times(fourths(first), -128)), _mm_storeu_si128(raised + 1, times(fourths(second), -128));
-  }
-};
+INLINE F add_products(F sum, __m512i codes, const __m512i* x, const float* scales, int64_t s) {
+  if constexpr (group == 0)
+    return sum + products(codes, x);
+  else if constexpr (group == 32)
+    return sum + products(codes, x) * F(_mm512_insertf32x8(_mm512_set1_ps(scales[2 * s]), _mm256_set1_ps(scales[2 * s + 1]), 1));
+  else
+    return sum + products(codes, x) * splat(scales[s * 64 / group]);
+}
 
 // Sixteen elements of a row of bf16 from `at` on, zeros behind its end.
 INLINE F elements_at(const uint16_t* row, int64_t at, int64_t k) {
@@ -119,10 +110,9 @@ INLINE float fixed_factor(const uint16_t* row, int64_t k, float& unit) {
   return !fits ? __builtin_nanf("") : largest == 0 ? 0 : largest_fixed / largest;
 }
 
-// Packs rows of bf16 for the reader M. False, with nothing packed, if one of them is not for fixed point.
-template <class M>
-bool place_fixed(const uint16_t* x, int64_t ldx, PackedRows rows) {
-  const FixedX<M> packed(rows.data, rows.m, rows.k);
+// Packs rows of bf16. False, with nothing packed, if one of them is not for fixed point.
+INLINE bool place_fixed(const uint16_t* x, int64_t ldx, PackedRows rows) {
+  const FixedX packed(rows.data, rows.m, rows.k);
   for (int64_t m = 0; m < rows.m; ++m) {
     const uint16_t* row = x + m * ldx;
     const float factor = fixed_factor(row, rows.k, packed.factors[m]);
@@ -130,7 +120,7 @@ bool place_fixed(const uint16_t* x, int64_t ldx, PackedRows rows) {
     for (int64_t number = 0; number < round_up(rows.k, 128) / run; ++number) {
       __m512i halves[2];
       for (int i = 0; i < 2; ++i) halves[i] = _mm512_cvtps_epi32(__m512(elements_at(row, number * run + i * lanes, rows.k) * splat(factor)));
-      M::place(halves[0], halves[1], packed.x + m * packed.ldx, number);
+      place_digits(halves[0], halves[1], packed.x + m * packed.ldx, number);
     }
   }
   return *packed.fits = true;
@@ -138,8 +128,8 @@ bool place_fixed(const uint16_t* x, int64_t ldx, PackedRows rows) {
 
 // Products of four weight rows, the first being number `place` of those from n on, with `columns` rows of x from m on.
 // Behind the last weight row it is taken again.
-template <class M, int columns>
-INLINE void fixed_block(const QuantizedTask& task, const FixedX<M>& packed, int64_t n, int64_t place, int64_t m) {
+template <int group, int columns>
+INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, int64_t n, int64_t place, int64_t m) {
   F acc[rows_at_once][columns] = {};
   const uint8_t* w[rows_at_once];
   const float* scales[rows_at_once];
@@ -148,8 +138,8 @@ INLINE void fixed_block(const QuantizedTask& task, const FixedX<M>& packed, int6
     w[r] = static_cast<const uint8_t*>(task.codes) + (n + row) * task.row_bytes, scales[r] = packed.scales + row * task.groups;
   }
   auto step = [&](int r, const uint8_t* at, const float* scale, int64_t of, int64_t s) INLINE_LAMBDA {
-    const __m512i codes = M::step(at), *x = packed.x + m * packed.ldx + s * M::vectors;
-    for (int c = 0; c < columns; ++c) acc[r][c] = M::add(acc[r][c], codes, x + c * packed.ldx, scale, of);
+    const __m512i codes = raised_codes(at), *x = packed.x + m * packed.ldx + s * fixed_vectors;
+    for (int c = 0; c < columns; ++c) acc[r][c] = add_products<group>(acc[r][c], codes, x + c * packed.ldx, scale, of);
   };
   // The four rows lie behind each other: what is asked for ahead of time is asked for in the order of memory.
   const uint8_t* soon = w[0] + prefetch_bytes;
@@ -167,62 +157,52 @@ INLINE void fixed_block(const QuantizedTask& task, const FixedX<M>& packed, int6
     *reinterpret_cast<F4m*>(packed.totals + (m + c) * outputs_at_once + place) = sum4(acc[0][c], acc[1][c], acc[2][c], acc[3][c]);
 }
 
-template <class M>
+template <int group>
 void fixed_range(const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end) {
-  const FixedX<M> packed(rows.data, rows.m, rows.k);
+  const FixedX packed(rows.data, rows.m, rows.k);
   for (int64_t first = begin; first < end; first += outputs_at_once) {
     const int64_t count = smaller(outputs_at_once, end - first);
     packed.read_scales(task, first, smaller(round_up(count, rows_at_once), task.n - first));
     for (int64_t i = 0; i < count; i += rows_at_once) {
-      for (int64_t m = 0; m + 2 <= rows.m; m += 2) fixed_block<M, 2>(task, packed, first, i, m);
-      if (rows.m % 2) fixed_block<M, 1>(task, packed, first, i, rows.m - 1);
+      for (int64_t m = 0; m + 2 <= rows.m; m += 2) fixed_block<group, 2>(task, packed, first, i, m);
+      if (rows.m % 2) fixed_block<group, 1>(task, packed, first, i, rows.m - 1);
     }
     for (int64_t m = 0; m < rows.m; ++m) store_outputs<Fp32, Bf16>(task, packed.totals + m * outputs_at_once, packed.factors[m], m, first, count);
   }
 }
-#endif
-
-// Calls f.operator()<M>() with the reader of fixed point for this task, if there is one.
-template <class Call>
-INLINE void with_fixed_reader([[maybe_unused]] Dtype x, [[maybe_unused]] const QuantizedTask& task, [[maybe_unused]] int64_t m, [[maybe_unused]] Call&& f) {
-#if defined(__AVX512VNNI__)
-  if (x != Dtype::bf16 || task.kind != Codes::int8 || task.dynamic || m >= dense_from) return;
-  if (task.group == 0) return f.template operator()<FixedBytes<0>>();
-  if (task.group == 32) return f.template operator()<FixedBytes<32>>();
-  if (task.group == 64) return f.template operator()<FixedBytes<64>>();
-  return f.template operator()<FixedBytes<128>>();
-#endif
-}
-
-// Bytes of packed x, where readers without fixed point want `others`: they have what lies behind the flag.
-INLINE size_t bytes_with_fixed(Dtype x, const QuantizedTask& task, int64_t m, size_t others) {
-  size_t fixed = 0;
-  with_fixed_reader(x, task, m, [&]<class M>() { fixed = FixedX<M>::bytes(m, task.k); });
-  return fixed ? larger(64 + others, fixed) : others;
+INLINE bool takes_fixed(Dtype x, const QuantizedTask& task, int64_t m) {
+  return x == Dtype::bf16 && task.kind == Codes::int8 && !task.dynamic && m < dense_from;
 }
 
 INLINE PackedRows behind_flag(PackedRows rows) { return {static_cast<char*>(rows.data) + 64, rows.m, rows.k}; }
 
-// Both do the work where it is one for fixed point; else they return false and leave what other readers take in `rows`.
+// Bytes of packed x, where readers without fixed point want `others`: they have what lies behind the flag.
+INLINE size_t bytes_with_fixed(Dtype x, const QuantizedTask& task, int64_t m, size_t others) {
+  return takes_fixed(x, task, m) ? larger(64 + others, FixedX::bytes(m, task.k)) : others;
+}
+
+// This and the next do the work where it is one for fixed point; else they return false, and other readers have `rows`.
 INLINE bool pack_fixed(Dtype dtype, const QuantizedTask& task, const void* x, int64_t ldx, PackedRows& rows) {
-  bool fits = false;
-  with_fixed_reader(dtype, task, rows.m, [&]<class M>() {
-    fits = place_fixed<M>(static_cast<const uint16_t*>(x), ldx, rows);
-    if (!fits) rows = behind_flag(rows);
-  });
-  return fits;
+  if (!takes_fixed(dtype, task, rows.m)) return false;
+  if (place_fixed(static_cast<const uint16_t*>(x), ldx, rows)) return true;
+  rows = behind_flag(rows);
+  return false;
 }
 
 INLINE bool run_fixed(Dtype out, const QuantizedTask& task, PackedRows& rows, int64_t begin, int64_t end) {
-  bool fits = false;
-  with_fixed_reader(out, task, rows.m, [&]<class M>() {
-    fits = *FixedX<M>(rows.data, rows.m, rows.k).fits;
-    if (fits)
-      fixed_range<M>(task, rows, begin, end);
-    else
-      rows = behind_flag(rows);
-  });
-  return fits;
+  if (!takes_fixed(out, task, rows.m)) return false;
+  if (!*FixedX(rows.data, rows.m, rows.k).fits) {
+    rows = behind_flag(rows);
+    return false;
+  }
+  (task.group == 0 ? fixed_range<0> : task.group == 32 ? fixed_range<32> : task.group == 64 ? fixed_range<64> : fixed_range<128>)(task, rows, begin, end);
+  return true;
 }
+
+#else
+INLINE size_t bytes_with_fixed(Dtype, const QuantizedTask&, int64_t, size_t others) { return others; }
+INLINE bool pack_fixed(Dtype, const QuantizedTask&, const void*, int64_t, PackedRows&) { return false; }
+INLINE bool run_fixed(Dtype, const QuantizedTask&, PackedRows&, int64_t, int64_t) { return false; }
+#endif
 
 }  // namespace
