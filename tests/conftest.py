@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from graphopt.backends import cpp
+from graphopt.backends.cpp import build
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -21,3 +24,11 @@ def _fresh_compiler() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def cpp_library() -> None:
+    """The built C++ kernels. Skips on a machine that cannot build any; kernels that do not compile are a failure."""
+    if reason := build.unavailable_reason():
+        pytest.skip(reason)
+    assert cpp.unavailable_reason() is None

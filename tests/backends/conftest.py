@@ -12,13 +12,6 @@ from graphopt.backends.cpp.isa import INSTRUCTION_SETS
 
 
 @pytest.fixture(scope="session")
-def cpp_library() -> None:
-    """The built kernels; without a compiler the test is skipped with the reason."""
-    if reason := cpp.unavailable_reason():
-        pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
 def loaded_isas(cpp_library: None) -> dict[str, bool]:
     """Whether this machine runs an instruction set; those asked for before are loaded."""
     return {}

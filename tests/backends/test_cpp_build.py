@@ -83,9 +83,8 @@ def test_without_kernels_there_are_no_lowerings(monkeypatch: pytest.MonkeyPatch)
     assert cpp.lowerings() == ()
 
 
+@pytest.mark.usefixtures("cpp_library")
 def test_with_kernels_each_dialect_operation_has_one() -> None:
-    if reason := cpp.unavailable_reason():
-        pytest.skip(reason)
     assert {lowering.name for lowering in cpp.lowerings()} == {
         "cpp.linear",
         "cpp.parallel_linear",

@@ -9,16 +9,12 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from graphopt.backends import cpp
 from tests.kv import scenarios
 
 LENGTH = 2048
 
 
-@pytest.fixture(autouse=True)
-def _library() -> None:
-    if reason := cpp.unavailable_reason():
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("cpp_library")
 
 
 def filled(model: Any) -> tuple[torch.Tensor, StaticCache]:

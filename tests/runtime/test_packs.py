@@ -7,7 +7,6 @@ import gc
 import pytest
 import torch
 
-from graphopt.backends import cpp
 from graphopt.runtime import packs
 
 
@@ -16,8 +15,8 @@ def comparing(request, monkeypatch):
     """How snapshots are compared: as without a compiler on the machine, and as with one."""
     if request.param == "python":
         monkeypatch.setattr(packs, "_compare", [])
-    elif reason := cpp.unavailable_reason():
-        pytest.skip(reason)
+    else:
+        request.getfixturevalue("cpp_library")
     return request.param
 
 
