@@ -1,5 +1,10 @@
 """The errors graphopt raises: each says what is wrong, where, what is allowed and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class GraphoptError(Exception):
     """Root of every error that graphopt raises on purpose."""
@@ -47,3 +52,9 @@ class WeightsReleasedError(GraphoptError):
 
 class StoredFileError(GraphoptError):
     """A file that graphopt should have written is damaged, cut short, or was written by something else."""
+
+
+def nearest(given: object, allowed: Iterable[object]) -> str:
+    """What was probably meant, as a part of a message: " (did you mean 'int8'?)", or "" if nothing is near."""
+    near = difflib.get_close_matches(str(given), list(map(str, allowed)), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -7,14 +7,13 @@ Environment variables of the form GRAPHOPT_<NAME> give defaults for the debuggin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, nearest
 from graphopt.prune_options import PruneHeads, Pruning, parse_prune
 from graphopt.quantize_options import Quantize
 
@@ -120,8 +119,8 @@ class Options:
         may see, it is only told."""
         for name in self.disable:
             if name not in known:
-                nearest = _nearest(name, sorted(known))
-                message = f"there is no pass {name!r}{nearest}; `graphopt passes` lists those of the library"
+                hint = nearest(name, sorted(known))
+                message = f"there is no pass {name!r}{hint}; `graphopt passes` lists those of the library"
                 if name not in _from_environment().get("disable", ()):
                     raise OptionError(f"option 'disable': {message}")
                 warnings.warn(f"GRAPHOPT_DISABLE: {message}", stacklevel=2)
@@ -142,7 +141,7 @@ class Options:
         for name in values:
             if name not in known:
                 raise OptionError(
-                    f"unknown option {name!r}{_nearest(name, known)}; options are {', '.join(sorted(known))}"
+                    f"unknown option {name!r}{nearest(name, known)}; options are {', '.join(sorted(known))}"
                 )
         return cls(**values)
 
@@ -169,15 +168,10 @@ def _environment_integer(name: str, text: str) -> int:
         raise OptionError(f"environment variable {name} must be a whole number, got {text!r}") from None
 
 
-def _nearest(given: object, allowed: list[str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(given), allowed, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _one_of(name: str, given: object, allowed: tuple[str, ...]) -> None:
     if given not in allowed:
         raise OptionError(
-            f"option {name!r} got {given!r}{_nearest(given, allowed)}; allowed are {', '.join(map(repr, allowed))}"
+            f"option {name!r} got {given!r}{nearest(given, allowed)}; allowed are {', '.join(map(repr, allowed))}"
         )
 
 

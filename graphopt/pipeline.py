@@ -7,7 +7,6 @@ After each pass: dead code is gone, the graph lints, `meta["val"]` is right; a p
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar, cast
@@ -15,7 +14,7 @@ from typing import Literal, TypeVar, cast
 from torch import fx
 
 from graphopt import _compat, capture, edit
-from graphopt.errors import OptionError, PassError
+from graphopt.errors import OptionError, PassError, nearest
 from graphopt.options import Options
 
 Exactness = Literal["bitwise", "rounding", "lossy"]
@@ -126,9 +125,10 @@ def _named(declared: PassInfo) -> set[str]:
 def _check_names(passes: Iterable[PassInfo], known: set[str]) -> None:
     for declared in passes:
         for name in sorted(_named(declared) - known):
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise OptionError(f"pass {declared.name!r} refers to unknown pass or stage {name!r}; {meant}")
+            raise OptionError(
+                f"pass {declared.name!r} refers to unknown pass or stage {name!r}{nearest(name, sorted(known))};"
+                f" known are {', '.join(sorted(known))}"
+            )
 
 
 def _circle(waiting: Sequence[PassInfo]) -> str:

@@ -7,11 +7,10 @@ work.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from typing import Any, Protocol, runtime_checkable
 
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, nearest
 
 ROUNDINGS = ("nearest", "gptq", "awq", "smoothquant")
 SCHEMES = ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
@@ -135,8 +134,7 @@ def depends_on_values(given: object) -> bool:
 def _one_of(name: str, given: object, allowed: tuple[Any, ...], before: str = "") -> None:
     # `in` alone would let True pass for 1.
     if not any(type(given) is type(value) and given == value for value in allowed):
-        near = difflib.get_close_matches(str(given), [str(value) for value in allowed], n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near and isinstance(given, str) else ""
+        hint = nearest(given, allowed) if isinstance(given, str) else ""
         raise OptionError(f"Quantize({name}={given!r}){hint}: allowed are {before}{', '.join(map(repr, allowed))}")
 
 
