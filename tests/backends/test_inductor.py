@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import graphopt
 from graphopt import _compat, report
 
 VALUES = [0.0, -0.0, 1.0, -1.0, 0.1, -0.1, 3.5, -7.25, float("inf"), -float("inf"), float("nan")]
@@ -92,6 +93,13 @@ def test_gradient_of_padded_average_pooling(counts_padding: bool) -> None:
         function(x).backward()
         grads.append(x.grad)
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize(("elements", "shared"), ((1536, False), (2**20, True)))
+def test_only_long_loops_are_shared_out(elements: int, shared: bool) -> None:
+    given = torch.randn(elements), torch.randn(elements)
+    kernels = graphopt.explain(lambda x, y: F.silu(x) * y, *given, options={"target": "cpu"}).graphs[0].kernels
+    assert any("omp parallel" in kernel.source for kernel in kernels) == shared
 
 
 def test_an_operator_that_lies_about_its_result_is_told() -> None:
