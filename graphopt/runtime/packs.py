@@ -113,8 +113,7 @@ class Snapshot:
         self._states = [_counted(tensor) for tensor in tensors]
         with torch.no_grad(), torch.inference_mode(False):
             self._samples = [_sample(tensor) for tensor in tensors]
-            seen = [sample.view(torch.uint8).flatten() for sample in map(_copy, self._samples) if sample is not None]
-            self._seen = torch.cat(seen) if seen else torch.empty(0, dtype=torch.uint8)
+            self._seen = _bytes(self._samples)
             self._table = self._states_as_table(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -123,12 +122,11 @@ class Snapshot:
             return False
         if _compare and self._table is not None:
             # While the snapshot stands none of its tensors is dead: an address is the same tensor.
-            return _compare[-1](tensors, self._table, self._seen)
+            return _compare[0](tensors, self._table, self._seen)
         for tensor, source, state in zip(tensors, self._sources, self._states, strict=True):
             if source() is not tensor or _counted(tensor) != state:
                 return False
-        samples = [sample.view(torch.uint8) for sample in map(_copy, self._samples) if sample is not None]
-        return not samples or torch.equal(torch.cat(samples), self._seen)
+        return torch.equal(_bytes(self._samples), self._seen)
 
     def _states_as_table(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The rows of `backends/cpp/src/unchanged.h`; None with tensors of which only Python can tell."""
@@ -143,7 +141,7 @@ class Snapshot:
 
 def compare_with(function: Callable[..., bool]) -> None:
     """Have snapshots compared by a compiled function (tensors, states, samples) from now on."""
-    _compare.append(function)
+    _compare[:] = [function]
 
 
 def refresh() -> None:
@@ -196,8 +194,10 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor.detach().view(_BITS[tensor.itemsize]).as_strided((count,), (step,))
 
 
-def _copy(sample: torch.Tensor | None) -> torch.Tensor | None:
-    return None if sample is None else sample.contiguous()
+def _bytes(samples: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """A copy of what the samples hold now, one behind the other."""
+    held = [sample.contiguous().view(torch.uint8) for sample in samples if sample is not None]
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *held])
 
 
 def _counted(tensor: torch.Tensor) -> tuple[int, int]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from graphopt import ops, report
 from graphopt.errors import OptionError
 from graphopt.options import Options
+from graphopt.pipeline import Exactness
 from graphopt.testing import checks
 from graphopt.verify import execution, inputs, judge, wide
-
-EXACTNESS = ("bitwise", "rounding", "lossy")
 
 
 def check_kernel(
@@ -34,7 +33,8 @@ def check_kernel(
     """
     if not isinstance(args, (list, tuple)):
         raise OptionError(f"args must be a list of the arguments, got {type(args).__name__}: write [x] for one tensor")
-    for what, given, allowed in (("kinds", kinds, inputs.KINDS["all"]), ("exactness", [exactness], EXACTNESS)):
+    choices = (("kinds", kinds, inputs.KINDS["all"]), ("exactness", [exactness], get_args(Exactness)))
+    for what, given, allowed in choices:
         for wrong in set(given) - set(allowed):
             raise OptionError(f"{what}: {wrong!r} is not among {', '.join(map(repr, allowed))}")
     meaning = ops.meaning(op) or op

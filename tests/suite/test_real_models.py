@@ -59,7 +59,7 @@ def _prompts(tokenizer: Any, questions: tuple[str, ...]) -> Any:
     return tokenizer(texts, return_tensors="pt", padding=True)
 
 
-def _same_tokens(model: Any, prompts: Any, *, tokens: int, target: str, **settings: Any) -> torch.Tensor:
+def _assert_same_tokens(model: Any, prompts: Any, *, tokens: int, target: str, **settings: Any) -> torch.Tensor:
     """Greedy tokens of the compiled model, required to be eager's; in 16 bits a near tie may go the other way."""
     settings = {"max_new_tokens": tokens, "do_sample": False, **settings}
     want = model.generate(**prompts, **settings)
@@ -93,7 +93,7 @@ SENTENCES = ["A cat sits on the mat.", "A kitten rests on a rug.", "Compilers re
 
 def test_two_layers_of_smollm2_generate() -> None:
     model, tokenizer = _smollm2(torch.float32)
-    _same_tokens(_first_layers(model, 2), _prompts(tokenizer, QUESTIONS[:2]), tokens=12, target="reference")
+    _assert_same_tokens(_first_layers(model, 2), _prompts(tokenizer, QUESTIONS[:2]), tokens=12, target="reference")
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_two_layers_of_smollm2_generate() -> None:
 def test_smollm2_answers(dtype: torch.dtype) -> None:
     model, tokenizer = _smollm2(dtype)
     prompts = _prompts(tokenizer, QUESTIONS[:1])
-    got = _same_tokens(model, prompts, tokens=64, target="cpu")
+    got = _assert_same_tokens(model, prompts, tokens=64, target="cpu")
     assert "Paris" in tokenizer.decode(got[0, prompts["input_ids"].shape[1] :])
 
 
@@ -110,13 +110,13 @@ def test_smollm2_answers(dtype: torch.dtype) -> None:
 def test_smollm2_batch_with_left_padding(cache: str) -> None:
     model, tokenizer = _smollm2(torch.float32)
     settings = {"cache_implementation": "static"} if cache == "static" else {}
-    _same_tokens(model, _prompts(tokenizer, QUESTIONS), tokens=24, target="cpu", **settings)
+    _assert_same_tokens(model, _prompts(tokenizer, QUESTIONS), tokens=24, target="cpu", **settings)
 
 
 @pytest.mark.slow
 def test_smollm2_beams() -> None:
     model, tokenizer = _smollm2(torch.float32)
-    _same_tokens(model, _prompts(tokenizer, QUESTIONS[:1]), tokens=12, target="cpu", num_beams=3)
+    _assert_same_tokens(model, _prompts(tokenizer, QUESTIONS[:1]), tokens=12, target="cpu", num_beams=3)
 
 
 @pytest.mark.parametrize("target", ["reference", pytest.param("cpu", marks=pytest.mark.slow)])
