@@ -65,12 +65,16 @@ CostModel = Callable[[GraphModule], Cost]
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Bandwidth in bytes a second, peaks in operations a second by dtype, and seconds for one launch."""
+    """Bandwidth in bytes a second, peaks in operations a second by dtype, and seconds for one launch.
+
+    processors: how many programs it takes to keep the device busy (multiprocessors, compute units, or one CPU).
+    """
 
     name: str
     bandwidth: float
     peaks: Mapping[torch.dtype, float]
     launch: float = 3e-6
+    processors: int = 1
 
     def seconds(self, cost: Cost, dtype: torch.dtype = torch.bfloat16) -> float:
         """The predicted time of a cost without free symbols. Raises ValueError while symbols are left."""
@@ -93,13 +97,13 @@ def _peaks(single: float, half: float, byte: float) -> dict[torch.dtype, float]:
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("H200", 4.8e12, _peaks(67, 989, 1979)),
-        Device("H100", 3.35e12, _peaks(67, 989, 1979)),
-        Device("A100", 2.039e12, _peaks(19.5, 312, 624)),
-        Device("B200", 8.0e12, _peaks(75, 2250, 4500)),
-        Device("MI300X", 5.3e12, _peaks(163.4, 1307.4, 2614.9)),
-        Device("L4", 0.3e12, _peaks(30.3, 121, 242)),
-        Device("RTX 4090", 1.008e12, _peaks(82.6, 165.2, 660.6)),
+        Device("H200", 4.8e12, _peaks(67, 989, 1979), processors=132),
+        Device("H100", 3.35e12, _peaks(67, 989, 1979), processors=132),
+        Device("A100", 2.039e12, _peaks(19.5, 312, 624), processors=108),
+        Device("B200", 8.0e12, _peaks(75, 2250, 4500), processors=148),
+        Device("MI300X", 5.3e12, _peaks(163.4, 1307.4, 2614.9), processors=304),
+        Device("L4", 0.3e12, _peaks(30.3, 121, 242), processors=58),
+        Device("RTX 4090", 1.008e12, _peaks(82.6, 165.2, 660.6), processors=128),
     )
 }
 """Data sheet figures; H100, H200 and A100 are the SXM forms."""

@@ -4,6 +4,7 @@
     expressions.py  the table from ATen operators to Triton expressions, with eager's dtype rules
     evaluate.py     the value of a node at an index, as lines of Triton
     rows.py         the skeleton of elementwise and reduction regions
+    reduction_split.py  few and very long rows shared out among programs
     helpers.py      the small device functions that kernels share
     source.py       the text of one kernel
     program.py      the whole graph as one Python file

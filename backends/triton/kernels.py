@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch.fx import GraphModule
 
 from graphopt.backends.triton.attention import AttentionSection, attention_of
 from graphopt.backends.triton.attention_split import merge_kernel, scratch_elements
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
+from graphopt.backends.triton.reduction_split import SplitRows, split
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection
-from graphopt.backends.triton.source import Kernel, pointer_type, provenance, prune, signature
+from graphopt.backends.triton.source import Kernel, Scratch, pointer_to, pointer_type, provenance, prune, signature
 
 
 class Section(Protocol):
@@ -47,8 +50,11 @@ def generate(graph_module: GraphModule) -> Kernel:
             return _attention(region, AttentionSection(region, 0, names))
         if contraction_of(region) is not None:
             return _assemble(region, "linear", matmul_sections(region, names))
-        groups = enumerate(_groups(region))
-        sections: list[Section] = [RowSection(region, group, number, names) for number, group in groups]
+        groups = _groups(region)
+        phases = split(region, groups)
+        if phases:
+            return _split_rows(region, phases)
+        sections: list[Section] = [RowSection(region, group, number, names) for number, group in enumerate(groups)]
         return _assemble(region, "rows", sections)
     except RecursionError as error:
         raise Unsupported("the region nests too deeply") from error
@@ -57,20 +63,29 @@ def generate(graph_module: GraphModule) -> Kernel:
 def _attention(region: Region, section: AttentionSection) -> Kernel:
     if not section.splits:
         return _assemble(region, "attention", [section])
-    kernel = _assemble(region, "attention_parts", [section])
-    pointers = [*kernel.parameters[: len(region.inputs)], "parts"]
-    types = (*kernel.types[: len(region.inputs)], "*fp32")
-    _, body = kernel.body.split("\n", 1)
-    first = signature(pointers, [symbol for symbol, _ in kernel.sizes], kernel.constants)
     rows, spec = section.batch.total * section.heads * section.queries, section.spec
-    return dataclasses.replace(
-        kernel, body=f"{first}\n{body}", parameters=tuple(pointers), types=types,
-        merge=merge_kernel(region, spec.result, section.keys, spec.nan_rows),
-        scratch=scratch_elements(rows, section.keys, int(section.dv.total)),
-    )
+    scratch = Scratch("parts", torch.float32, scratch_elements(rows, section.keys, int(section.dv.total)))
+    kernel = _assemble(region, "attention_parts", [section], (scratch,))
+    following = merge_kernel(region, spec.result, section.keys, spec.nan_rows)
+    return dataclasses.replace(kernel, following=following, scratch=(scratch,))
 
 
-def _assemble(region: Region, kind: str, sections: Sequence[Section]) -> Kernel:
+def _split_rows(region: Region, phases: Sequence[SplitRows]) -> Kernel:
+    """The kernels of a reduction whose rows are shared out among programs."""
+    last = len(phases) - 1
+    scratch = tuple(piece for phase in phases for piece in phase.leaves)
+    kernels = [
+        _assemble(region, "rows_parts" if number < last else "rows_merge", [phase], scratch)
+        for number, phase in enumerate(phases)
+    ]
+    following: Kernel | None = None
+    for kernel in reversed(kernels[1:]):
+        following = dataclasses.replace(kernel, following=following)
+    return dataclasses.replace(kernels[0], following=following, scratch=scratch)
+
+
+def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: Sequence[Scratch] = ()) -> Kernel:
+    """A kernel of sections; one of several for its region takes only the memory that its lines name."""
     body: list[str] = ["program = tl.program_id(0)"]
     grid: list[str] = []
     for number, section in enumerate(sections):
@@ -79,15 +94,19 @@ def _assemble(region: Region, kind: str, sections: Sequence[Section]) -> Kernel:
         _nest(body, number, last, program, section)
         grid.append(section.programs)
     constants = {k: v for s in sections for k, v in s.constants.items()}
-    pointers = [f"in{i}" for i in range(len(region.inputs))] + [f"out{i}" for i in range(len(region.outputs))]
+    body = prune(body)
+    pointers = {f"{name}{i}": pointer_type(node) for name, nodes in (("in", region.inputs), ("out", region.outputs))
+                for i, node in enumerate(nodes)} | {each.name: pointer_to(each.dtype) for each in scratch}
+    if scratch:
+        named = set(re.findall(r"\w+", "\n".join(body)))
+        pointers = {name: kind for name, kind in pointers.items() if name in named}
     sizes = list(region.parameters)
-    text = "\n".join([signature(pointers, sizes, constants), *(f"    {line}" for line in prune(body))]) + "\n"
+    text = "\n".join([signature(list(pointers), sizes, constants), *(f"    {line}" for line in body)]) + "\n"
     helpers = frozenset().union(*(s.helpers for s in sections))
-    warps = max(s.num_warps for s in sections)
     return Kernel(
-        kind=kind, body=text, parameters=tuple(pointers),
-        types=tuple(pointer_type(n) for n in (*region.inputs, *region.outputs)), sizes=tuple(region.parameters.items()),
-        constants=constants, grid=" + ".join(grid), num_warps=warps, helpers=helpers, comment=provenance(region),
+        kind=kind, body=text, parameters=tuple(pointers), types=tuple(pointers.values()),
+        sizes=tuple(region.parameters.items()), constants=constants, grid=" + ".join(grid),
+        num_warps=max(s.num_warps for s in sections), helpers=helpers, comment=provenance(region),
         num_stages=max(s.num_stages for s in sections),
     )
 

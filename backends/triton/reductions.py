@@ -238,7 +238,8 @@ def _count(reduction: Reduction) -> sympy.Expr:
     return total
 
 
-def _mean(reduction: Reduction, s: RowSection) -> Value:
+def mean_of(reduction: Reduction, s: RowSection) -> Value:
+    """The mean of the row, once its sum is known."""
     name = "sum" if reduction.node.target in row_ops.SUMS else "total"
     total = s.remembered((reduction.node, name))
     assert total is not None
@@ -253,7 +254,7 @@ def _divided(total: Value, count: str) -> str:
 
 
 def _squared_difference(reduction: Reduction, e: Evaluator, s: RowSection, value: Value) -> Value:
-    mean = s.remembered((reduction.node, "mean")) or _mean(reduction, s)
+    mean = s.remembered((reduction.node, "mean")) or mean_of(reduction, s)
     s.remember((reduction.node, "mean"), mean)
     difference = e.settle(f"{value.text} - {mean.text}", value.dtype, value.uses | mean.uses)
     return e.settle(f"{difference.text} * {difference.text}", value.dtype, difference.uses)
@@ -337,7 +338,7 @@ def _result(section: RowSection, reduction: Reduction, picked: int | None) -> Va
         return value
 
     if target in row_ops.SUMS:
-        return _mean(reduction, section) if "mean" in str(target) else part("sum")
+        return mean_of(reduction, section) if "mean" in str(target) else part("sum")
     if target in row_ops.PRODUCTS:
         return part("product")
     if target in row_ops.VARIANCES:

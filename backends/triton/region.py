@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from graphopt import estimate
 from graphopt.index_map import Index, product, size_expression
 
 
@@ -80,6 +81,12 @@ class Region:
     def numel(self, node: Node) -> sympy.Expr:
         """The number of elements of a node's value."""
         return product(self.sizes(node))
+
+    def example(self, expression: sympy.Expr) -> int:
+        """The value of a size in the traced call; of one that nothing is known of, its least."""
+        sizes = estimate.example_sizes(self.graph_module)
+        given = sympy.sympify(expression).xreplace(self.parameters)
+        return int(given.xreplace({s: sympy.Integer(sizes.get(s.name, 1)) for s in given.free_symbols}))
 
     def extent(self, node: Node) -> sympy.Expr:
         """One more than the largest element offset of a node's value, in the symbols of the whole graph."""

@@ -33,6 +33,9 @@ PERSISTENT_LIMIT = 8192
 TILE = 1024
 """How many elements a program of a short-row or elementwise kernel handles."""
 
+ACROSS = 32
+"""How many rows a program takes where neighbours in memory are of different rows."""
+
 _WITH_TABLES = (torch.ops.aten.sin.default, torch.ops.aten.cos.default, torch.ops.aten.tan.default)
 
 
@@ -100,9 +103,13 @@ class RowSection:
                 self.x.mask = None
             return
         columns = int(self.r.total) if self.r.total.is_Integer else None
-        self.looped = columns is None or columns > PERSISTENT_LIMIT
-        rblock = 2048 if columns is None or self.looped else max(1, power_of_two(columns))
-        xblock = max(1, TILE // rblock) if not self.looped else 1
+        across = not self.reductions[0].trailing and (rows is None or rows >= ACROSS)
+        longest = TILE // ACROSS if across else PERSISTENT_LIMIT
+        self.looped = columns is None or columns > longest
+        rblock = longest if across else 2048
+        if columns is not None and not self.looped:
+            rblock = max(1, power_of_two(columns))
+        xblock = max(1, TILE // rblock) if across or not self.looped else 1
         if rows is not None:
             xblock = min(xblock, power_of_two(rows))
         self.constants = {self.xblock: xblock, self.rblock: rblock}
@@ -180,9 +187,15 @@ class RowSection:
         yield
         scope = self.scopes.pop()
         start = self.names.new("start")
-        self.scopes[0].lines.append(f"for {start} in range(0, {text_of(self.r.total)}, {self.rblock}):")
+        first, last = self._bounds()
+        self.scopes[0].lines.append(f"for {start} in range({first}, {last}, {self.rblock}):")
         self.scopes[0].lines += [f"    {line}" for line in (*self._columns(start), *scope.lines)]
         self.scopes[0].lines += self._after
+
+    def _bounds(self) -> tuple[str, str]:
+        """Where a walk along the row begins and ends."""
+        assert self.r is not None
+        return "0", text_of(self.r.total)
 
     def _reduce(self, parts: list[Part]) -> None:
         """Accumulate the parts over the row."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import sympy
+import torch
 from torch.fx import Node
 
 from graphopt import edit
@@ -21,17 +22,29 @@ _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 @dataclasses.dataclass(frozen=True)
+class Scratch:
+    """Memory in which one kernel of a region leaves something for the next.
+
+    name: the pointer parameter that it is; dtype: of its elements; elements: how many, as text in the kernel's sizes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    elements: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """A generated kernel.
 
     body: the function after its name, that is from the parameter list on; kernels with equal bodies are one kernel.
-    parameters: the pointer parameters, `in0` ... for the region's inputs and `out0` ... for its outputs,
-    and types: Triton's names of their types ("*bf16").
+    parameters: the pointer parameters, `in0` ... for the region's inputs, `out0` ... for its outputs, and the names of
+    scratch memory; types: Triton's names of their types ("*bf16").
     sizes: the size parameters with the expressions, in the symbols of the graph the kernel was generated for.
     constants: the values of the constexpr parameters. grid: the number of programs, in parameters and constants.
 
-    merge: a kernel to be launched after this one, which writes the outputs from what this one leaves in `scratch`
-    float32 elements (in parameters); the first's only output is that memory, `parts`, the second's first parameter.
+    following: the kernel to be launched after this one, where one launch does not do for the region: it goes on from
+    what this one leaves in scratch memory. scratch: all such memory of the region; the first kernel of a chain has it.
     """
 
     kind: str
@@ -45,8 +58,13 @@ class Kernel:
     num_stages: int
     helpers: frozenset[str]
     comment: tuple[str, ...] = ()
-    merge: Kernel | None = None
-    scratch: str = ""
+    following: Kernel | None = None
+    scratch: tuple[Scratch, ...] = ()
+
+    @property
+    def chain(self) -> list[Kernel]:
+        """This kernel and those to be launched after it, in order."""
+        return [self, *(self.following.chain if self.following is not None else ())]
 
     @property
     def digest(self) -> str:
@@ -84,7 +102,12 @@ def provenance(region: Region) -> tuple[str, ...]:
 
 def pointer_type(node: Node) -> str:
     """Triton's name for a pointer to a node's elements."""
-    name = expressions.STORED[node.meta["val"].dtype].removeprefix("tl.")
+    return pointer_to(node.meta["val"].dtype)
+
+
+def pointer_to(dtype: torch.dtype) -> str:
+    """Triton's name for a pointer to elements of a dtype."""
+    name = expressions.STORED[dtype].removeprefix("tl.")
     short = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "int1": "i1"}
     return "*" + short.get(name, name.replace("int", "i"))
 

@@ -13,15 +13,14 @@ becomes
 1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region.
 2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
 3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
-4. Independent elementwise regions between the same neighbours share one launch.
+4. Independent regions share one launch: elementwise ones between the same neighbours, and reductions over the same rows
+   of one tensor, which is then read once.
 
 Views and constants cost nothing inside of a kernel and are copied into every region that reads them. A widening cast at
 the edge of a region is left to its readers: fewer bytes. What is not fusable stays as it is.
 """
 
 from __future__ import annotations
-
-import itertools
 
 from torch.fx import GraphModule, Node
 
@@ -33,6 +32,7 @@ from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
 from graphopt.passes.fuse.joining import group_rows, may_join
+from graphopt.passes.fuse.sharing import share_launches
 from graphopt.passes.fuse.worth import Worth
 from graphopt.pipeline import graph_pass
 from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_pick, is_view
@@ -61,7 +61,7 @@ def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = No
             _join(groups, node)
     _leave_widening_to_readers(groups)
     absorb_prologues(groups)
-    _share_launches(groups)
+    share_launches(groups, LARGEST)
     return extract(graph_module, groups)
 
 
@@ -118,31 +118,3 @@ def _bytes(node: Node) -> int:
     value = node.meta["val"]
     value = value[0] if isinstance(value, (tuple, list)) else value
     return int(value.dtype.itemsize)
-
-
-def _share_launches(groups: Groups) -> None:
-    """Merge independent elementwise regions that wait for the same region or node, or are read by the same one."""
-    waiting: dict[object, list[Group]] = {}
-    for group in groups.all():
-        if group.kind == "rows" and group_rows(group) is None:
-            for neighbour in _neighbours(groups, group):
-                waiting.setdefault(neighbour, []).append(group)
-    for candidates in waiting.values():
-        for first, second in itertools.combinations(candidates, 2):
-            apart = first is not second and bool(first.nodes) and bool(second.nodes)
-            if apart and len(first.nodes) + len(second.nodes) <= LARGEST:
-                if groups.may_be_one(first.nodes, second.nodes):
-                    moved = list(second.nodes)
-                    second.nodes = {}
-                    groups.join(first, moved)
-
-
-def _neighbours(groups: Groups, group: Group) -> set[tuple[str, Group | Node]]:
-    """The latest region or node that a region waits for, and those that read it."""
-    sources = [p for n in group.nodes for p in producers(n) if p not in group.nodes and p.op != "placeholder"]
-    readers = {r for n in group.nodes for r in consumers(n) if r not in group.nodes}
-    found: set[tuple[str, Group | Node]] = {("reads", groups.of.get(r, r)) for r in readers if r.op != "output"}
-    if sources:
-        latest = max(sources, key=groups.order.__getitem__)
-        found.add(("waits", groups.of.get(latest, latest)))
-    return found

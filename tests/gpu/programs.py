@@ -39,6 +39,10 @@ def programs(small: bool) -> Iterator[Program]:
     yield Program("cumulative sum", lambda x: x.float().cumsum(-1), ((rows, inner),))
     yield Program("columns", lambda x: x.sum(0), ((rows, inner),))
     yield Program("all", lambda x: x.sum(), ((rows, long),))
+    few = 80_003 if small else 3_000_017
+    yield Program("long row", lambda x: (x.amax(), x.argmax(), x.float().mean(), x.float().var()), ((1, few),))
+    yield Program("softmax of a long row", lambda x: x.softmax(-1), ((2, few),))
+    yield Program("columns of a tall matrix", lambda x: (x.sum(0), x.amax(0)), ((few // 33, 40),))
     yield Program("one row", lambda x, w: F.silu(F.linear(x, w)), ((1, inner), (rows, inner)))
     yield Program(
         "linear", lambda x, w, b: F.gelu(F.linear(x, w, b)) + 1, ((rows, inner), (rows + 3, inner), (rows + 3,))
