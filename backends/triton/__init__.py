@@ -5,6 +5,10 @@
     evaluate.py     the value of a node at an index, as lines of Triton
     rows.py         the skeleton of elementwise and reduction regions
     reduction_split.py  few and very long rows shared out among programs
+    matmul.py       the skeleton of matrix products, their prologues and epilogues
+    matmul_split.py     long walks along k shared out among programs
+    attention.py    the skeleton of attention
+    attention_split.py  many keys shared out among programs
     helpers.py      the small device functions that kernels share
     source.py       the text of one kernel
     program.py      the whole graph as one Python file

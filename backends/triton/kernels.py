@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 from graphopt.backends.triton.attention import AttentionSection, attention_of
 from graphopt.backends.triton.attention_split import merge_kernel, scratch_elements
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
-from graphopt.backends.triton.reduction_split import SplitRows, split
+from graphopt.backends.triton.matmul_split import split as split_product
+from graphopt.backends.triton.reduction_split import split as split_rows
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection
 from graphopt.backends.triton.source import Kernel, Scratch, pointer_to, pointer_type, provenance, prune, signature
@@ -49,11 +50,18 @@ def generate(graph_module: GraphModule) -> Kernel:
         if attention_of(region) is not None:
             return _attention(region, AttentionSection(region, 0, names))
         if contraction_of(region) is not None:
-            return _assemble(region, "linear", matmul_sections(region, names))
+            products = matmul_sections(region, names)
+            dealt = split_product(region, products)
+            if dealt is None:
+                return _assemble(region, "linear", products)
+            left = [piece for section in dealt[0] for piece in section.scratch]
+            return _chain(region, [("linear_parts", dealt[0]), ("linear_merge", dealt[1])], left)
         groups = _groups(region)
-        phases = split(region, groups)
+        phases = split_rows(region, groups)
         if phases:
-            return _split_rows(region, phases)
+            kinds = ["rows_parts"] * (len(phases) - 1) + ["rows_merge"]
+            left = [piece for phase in phases for piece in phase.leaves]
+            return _chain(region, [(kind, [phase]) for kind, phase in zip(kinds, phases, strict=True)], left)
         sections: list[Section] = [RowSection(region, group, number, names) for number, group in enumerate(groups)]
         return _assemble(region, "rows", sections)
     except RecursionError as error:
@@ -70,18 +78,13 @@ def _attention(region: Region, section: AttentionSection) -> Kernel:
     return dataclasses.replace(kernel, following=following, scratch=(scratch,))
 
 
-def _split_rows(region: Region, phases: Sequence[SplitRows]) -> Kernel:
-    """The kernels of a reduction whose rows are shared out among programs."""
-    last = len(phases) - 1
-    scratch = tuple(piece for phase in phases for piece in phase.leaves)
-    kernels = [
-        _assemble(region, "rows_parts" if number < last else "rows_merge", [phase], scratch)
-        for number, phase in enumerate(phases)
-    ]
+def _chain(region: Region, steps: Sequence[tuple[str, Sequence[Section]]], scratch: Sequence[Scratch]) -> Kernel:
+    """Kernels of one region, to be launched one after the other: for each its kind and its sections."""
     following: Kernel | None = None
-    for kernel in reversed(kernels[1:]):
-        following = dataclasses.replace(kernel, following=following)
-    return dataclasses.replace(kernels[0], following=following, scratch=scratch)
+    for kind, sections in reversed(steps):
+        following = dataclasses.replace(_assemble(region, kind, sections, scratch), following=following)
+    assert following is not None
+    return dataclasses.replace(following, scratch=tuple(scratch))
 
 
 def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: Sequence[Scratch] = ()) -> Kernel:

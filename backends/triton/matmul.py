@@ -37,6 +37,10 @@ CONTRACTIONS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "gr
                 "graphopt.parallel_linear.default")
 
 
+LEAST_BAND = 4
+"""Rows of a weight that one program takes at least for a matrix-vector product: it reads the vector for each band."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """One matrix product: its result node, its operands, and whether the weight is stored [N, K] rather than [K, N]."""
@@ -136,6 +140,7 @@ class MatmulSection:
         if any(region.sizes(p.result) != sizes for p in products):
             raise Unsupported("joined products of different sizes")
         self.number = number
+        self.helpers: set[str] = set()
         self.one_row = self.m.total == 1
         self.dtype = first.result.meta["val"].dtype
         self._configure()
@@ -149,6 +154,8 @@ class MatmulSection:
         many = len(self.products) > 1
         if self.one_row:
             bm, bn, bk, self.num_warps, self.num_stages = 1, 16, 256, 4, 2
+            while bn > LEAST_BAND and columns < bn * 2 * self.region.device.processors:
+                bn, bk = bn // 2, bk * 2
         elif rows <= 16:
             bm, bn, bk, self.num_warps, self.num_stages = 16, 32, 128 if not wide else 64, 4, 3
         elif rows <= 64 or wide:
@@ -174,8 +181,12 @@ class MatmulSection:
 
     def lines(self, program: str) -> list[str]:
         """The section's lines; `program` is the number of the program within the section."""
-        bm, bn, bk = self.blocks
-        head = self._place(program)
+        accumulators, walk = self._walk("0", text_of(self.k.total))
+        return [*self._place(program), *walk, *self._epilogue([self._total(name) for name in accumulators])]
+
+    def _walk(self, first: str, last: str) -> tuple[list[str], list[str]]:
+        """The accumulators of the products, and the lines that fill them from k = first to last."""
+        bm, _, bk = self.blocks
         left = LeftRows(self.region, self.products[0].left, self.names, self.m, self.k, (bm, bk))
         if self.batch.symbols:
             left.evaluator.axes.append(self.batch)
@@ -186,16 +197,21 @@ class MatmulSection:
         accumulators = []
         for each in self.products:
             accumulators.append(self._accumulate(each, a, left.evaluator, before, inside))
-        self.helpers = set(left.evaluator.helpers)
+        self.helpers |= left.evaluator.helpers
         start = self.names.new("start")
-        walk = [f"for {start} in range(0, {text_of(self.k.total)}, {bk}):"]
+        walk = [f"for {start} in range({first}, {last}, {bk}):"]
         walk += [f"    {line}" for line in (*left._columns(start), *self._down(start), *inside)]
-        return [*head, *before, *walk, *self._epilogue(accumulators)]
+        return accumulators, [*before, *walk]
+
+    def _total(self, accumulator: str) -> str:
+        """A tile of sums."""
+        return f"tl.sum({accumulator}, 1, keep_dims=True)" if self.one_row else accumulator
 
     def _place(self, program: str) -> list[str]:
         """Which tile a program computes: eight rows of tiles at a time, column by column."""
         bm, bn, _ = self.blocks
         m, n, number = self.m, self.n, self.number
+        rows = self._rows()
         lines: list[str] = []
         if self.one_row:
             lines.append(f"{m.position} = tl.zeros([1, 1], INDEX)")
@@ -214,9 +230,13 @@ class MatmulSection:
                       f"high_{number} = tl.minimum(rows_{number} - 8 * band_{number}, 8)",
                       f"row_{number} = 8 * band_{number} + tile_{number} % (8 * columns_{number}) % high_{number}",
                       f"column_{number} = tile_{number} % (8 * columns_{number}) // high_{number}",
-                      f"{m.position} = (row_{number}.to(INDEX) * {bm} + tl.arange(0, {bm}))[:, None]",
+                      f"{m.position} = (row_{number}.to(INDEX) * {bm} + {rows})[:, None]",
                       f"{n.position} = (column_{number}.to(INDEX) * {bn} + tl.arange(0, {bn}))[None, :]"]
         return lines + [f"{a.mask} = {a.position} < {text_of(a.total, True)}" for a in (m, n) if a.mask]
+
+    def _rows(self) -> str:
+        """The rows of a tile that a program computes."""
+        return f"tl.arange(0, {list(self.blocks)[0]})"
 
     def _down(self, start: str) -> list[str]:
         """The positions along k as a column, for the right operand of a dot."""
@@ -235,7 +255,7 @@ class MatmulSection:
         frame = Frame(self.names, before, inside, "k")
         evaluator = Evaluator(self.region, frame, [down, self.n, self.batch])
         b = evaluator.value(each.right, self._right_index(each))
-        self.right_helpers = evaluator.helpers
+        self.helpers |= evaluator.helpers
         name = self.names.new("acc")
         wide = "tl.float64" if self.dtype == torch.float64 else "tl.float32"
         shape = f"[{bn}, {bk}]" if self.one_row else f"[{bm}, {bn}]"
@@ -250,16 +270,16 @@ class MatmulSection:
         inside.append(f"{name} = tl.dot({operands[0]}, {operands[1]}, {name}, input_precision='ieee')")
         return name
 
-    def _epilogue(self, accumulators: list[str]) -> list[str]:
+    def _epilogue(self, totals: list[str]) -> list[str]:
+        """Lines that compute and store the outputs from the products' sums."""
         lines: list[str] = []
         frame = Frame(self.names, lines, lines, "")
         evaluator = Evaluator(self.region, frame, [self.m, self.n, self.batch])
-        for each, name in zip(self.products, accumulators, strict=True):
-            total = f"tl.sum({name}, 1, keep_dims=True)" if self.one_row else name
+        for each, total in zip(self.products, totals, strict=True):
             evaluator.bound[each.result] = self._bind(each, total, evaluator)
         for output in self.outputs:
             self._store(output, evaluator, lines)
-        self.helpers |= evaluator.helpers | self.right_helpers
+        self.helpers |= evaluator.helpers
         return lines
 
     def _bind(self, each: Product, total: str, evaluator: Evaluator) -> Any:

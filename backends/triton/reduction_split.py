@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graphopt import cost, estimate, row_ops
+from graphopt import cost, row_ops
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.reductions import Part, Reduction, mean_of, parts_of
@@ -62,18 +62,12 @@ def _parts(region: Region, whole: RowSection) -> int:
     if parts < 2:
         return 1
     parts = power_of_two(parts + 1) // 2
-    device = _device(region)
+    device = region.device
     moved = region.example(cost.region_cost(region.graph_module).bytes)
     levels = 1 + max(r.level for r in whole.reductions)
     together = [min(1.0, _SHARE * running / device.processors) for running in (programs, programs * parts)]
     walks = levels * moved / device.bandwidth
     return parts if walks / together[1] + levels * device.launch < walks / together[0] else 1
-
-
-def _device(region: Region) -> cost.Device:
-    """The device that the region's tensors are on; for those on the CPU, where nothing is timed, an H100."""
-    on = {node.meta["val"].device.type for node in (*region.inputs, *region.outputs)}
-    return cost.DEVICES["H100"] if on & {"cpu", "meta"} else estimate.device_of(region.graph_module, "auto")
 
 
 class SplitRows(RowSection):

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from graphopt import estimate
+from graphopt import cost, estimate
 from graphopt.index_map import Index, product, size_expression
 
 
@@ -87,6 +87,12 @@ class Region:
         sizes = estimate.example_sizes(self.graph_module)
         given = sympy.sympify(expression).xreplace(self.parameters)
         return int(given.xreplace({s: sympy.Integer(sizes.get(s.name, 1)) for s in given.free_symbols}))
+
+    @property
+    def device(self) -> cost.Device:
+        """The device that the tensors are on; for those on the CPU, where nothing is timed, an H100."""
+        on = {node.meta["val"].device.type for node in (*self.inputs, *self.outputs)}
+        return cost.DEVICES["H100"] if on & {"cpu", "meta"} else estimate.device_of(self.graph_module, "auto")
 
     def extent(self, node: Node) -> sympy.Expr:
         """One more than the largest element offset of a node's value, in the symbols of the whole graph."""

@@ -50,6 +50,11 @@ def programs(small: bool) -> Iterator[Program]:
     yield Program(
         "gated", lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u), ((rows, inner), (rows, inner), (rows, inner))
     )
+    deep = 9_001 if small else 100_003
+    for name, tall in (("one deep row", 1), ("few deep rows", 5), ("deep rows", 70)):
+        yield Program(name, lambda x, w, b: F.gelu(F.linear(x / 99, w, b)), ((tall, deep), (24, deep), (24,)))
+    if not small:
+        yield Program("a last wave of few tiles", lambda x, w: F.linear(x / 50, w), ((1536, 8192), (1536, 8192)))
     heads, kv, length, size = (4, 2, 19, 16) if small else (32, 8, 515, 128)
     q, k = (2, heads, length, size), (2, kv, length, size)
     attend = F.scaled_dot_product_attention
