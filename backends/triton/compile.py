@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from graphopt.backends.triton import interpret as interpreter
 from graphopt.backends.triton.program import Fallback, write
 from graphopt.backends.triton.source import Kernel
+from graphopt.runtime.launch import Launch, Launcher, jit
 
 
 class KernelFailed(Exception):
@@ -48,27 +49,29 @@ class CompiledGraph:
         self._may_repeat = program.updates_last
         self.namespace = load(program.source)
         self.namespace.update(program.constants)
-        run = interpreter.launch if self._interpret else self.namespace["launch"]
-        self.namespace["launch"] = self._guarded(run)
+        if self._interpret:
+            self.namespace["launch"] = self._guarded(interpreter.launch)
+        else:
+            self.namespace["launch"] = Launcher(self._guarded(jit))
 
     @property
     def launches(self) -> int:
         """How many kernels one call launches."""
         return sum(map(len, self.calls.values()))
 
-    def _guarded(self, run: Callable[..., None]) -> Callable[..., None]:
+    def _guarded(self, run: Launch) -> Launch:
         """Name the kernel in the error of its first launch; later launches go straight through."""
         proven: set[Callable[..., Any]] = set()
 
-        def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
+        def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> Any:
             if kernel.fn in proven:
-                run(kernel, grid, *arguments, **constants)
-                return
+                return run(kernel, grid, *arguments, **constants)
             try:
-                run(kernel, grid, *arguments, **constants)
+                compiled = run(kernel, grid, *arguments, **constants)
             except Exception as error:
                 raise KernelFailed(kernel.fn.__name__, f"{type(error).__name__}: {error}"[:300]) from error
             proven.add(kernel.fn)
+            return compiled
 
         return launch
 
