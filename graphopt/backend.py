@@ -19,7 +19,7 @@ from graphopt.options import Options
 from graphopt.pruning import lines, revival
 from graphopt.quantization import cache_operations
 from graphopt.quantize_options import depends_on_values
-from graphopt.runtime import artifact, cache, pages
+from graphopt.runtime import artifact, cache, cuda_graphs, pages
 from graphopt.verify import Checker
 from graphopt.watch import Watchers
 
@@ -103,11 +103,17 @@ def _compile(
         graph_report.fall_back(f"a graph of {len(meaning.nodes)} nodes", f"{type(raised).__name__}: {raised}")
         graph_module.graph = meaning
         lowered = backends.TARGETS["reference"](graph_module, inputs, info, options)
-    graph_report.lowerings = lowered.choices
+    graph_report.lowerings, graph_report.notes = lowered.choices, lowered.notes
     for what, reason in lowered.left_out:
         if options.strict:
             raise LoweringError(f"target {target!r} cannot use {what}: {reason}")
         graph_report.fall_back(what, reason)
+    if options.mode in ("reduce-overhead", "max-autotune"):
+        recording = cuda_graphs.plan(graph_module, info.training)
+        if isinstance(recording, str):
+            graph_report.notes.append(f"mode {options.mode!r}: no CUDA graphs: {recording}")
+        else:
+            lowered.artifact.replay(recording)
     graph_report.seconds = time.perf_counter() - started
     lowered.artifact.record = graph_report
     watchers.after_lowering(lowered)

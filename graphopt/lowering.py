@@ -83,12 +83,13 @@ class KernelSource:
 @dataclasses.dataclass
 class Lowered:
     """A graph made ready to run. left_out: (what, why) for things that were left to torch; kernels: the code that it
-    calls, besides what Inductor writes."""
+    calls, besides what Inductor writes; notes: what an option asked for and was not done."""
 
     artifact: Artifact
     choices: list[Choice]
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     kernels: list[KernelSource] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def choose(graph_module: fx.GraphModule, lowerings: Sequence[Lowering]) -> list[Choice]:

@@ -32,7 +32,8 @@ class Fallback:
 class GraphReport:
     """One captured graph: its passes, how its nodes were lowered, and what was left to torch.
 
-    kernels: the code that was generated. study: what takes time to find out; only `explain` does.
+    kernels: the code that was generated. study: what takes time to find out; only `explain` does. notes: what was asked
+    for and not done, with the reason, where no answer and no error shows it.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class GraphReport:
     verification: dict[str, Any] | None = None
     kernels: list[KernelSource] = dataclasses.field(default_factory=list)
     study: Study | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def rewrites(self) -> int:
@@ -87,6 +89,8 @@ class Report:
                 yield f"rewrites verified: {counts}"
             for fallback in graph.fallbacks:
                 yield f"[yellow]left to torch[/]: {fallback.what}: {fallback.reason}"
+            for note in graph.notes:
+                yield escape(note)
         for title, reasons in (("graph break", self.graph_breaks), ("recompiled", self.recompiles)):
             for reason in reasons:
                 yield f"[yellow]{title}[/]: {reason}"

@@ -1,5 +1,14 @@
 """The only folder that touches torch's private modules, so that a new torch is ported in one place."""
 
+from graphopt._compat.cuda_graphs import (
+    cuda_graphs as cuda_graphs,
+)
+from graphopt._compat.cuda_graphs import (
+    incompatible_node as incompatible_node,
+)
+from graphopt._compat.cuda_graphs import (
+    placeholder_facts as placeholder_facts,
+)
 from graphopt._compat.dynamo import (
     DynamoEvents as DynamoEvents,
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from graphopt import _compat
+from graphopt.runtime.cuda_graphs import Recording
 from graphopt.runtime.prologue import Prologue
 
 on_load: list[Callable[[Any], None]] = []
@@ -15,11 +16,12 @@ on_load: list[Callable[[Any], None]] = []
 
 @dataclasses.dataclass
 class Artifact(_compat.OutputCode):
-    """A boxed callable. record: what the report says about the graph, stored with it."""
+    """A boxed callable. record: what the report says about the graph, stored with it. recording: how it is replayed."""
 
     compiled: Callable[[list[Any]], Any]
     prologue: Prologue | None = None
     record: Any = None
+    recording: Recording | None = None
 
     def __post_init__(self) -> None:
         self._boxed_call = True
@@ -32,9 +34,16 @@ class Artifact(_compat.OutputCode):
 
     def _make_call(self) -> Callable[[list[Any]], Any]:
         compiled, prologue = self.compiled, self.prologue
+        if self.recording is not None:
+            compiled = self.recording.around(compiled)
         if prologue is None:
             return compiled
         return prologue.around(compiled)
+
+    def replay(self, recording: Recording) -> None:
+        """Record the compiled graph at its first calls and replay it from then on."""
+        self.recording = recording
+        self._call = self._make_call()
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         return self._call(inputs)  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
 """Launch generated Triton kernels at little more than the cost of Triton's C launcher.
 
-`kernel[grid](...)` binds arguments by name, asks each for its specialisation, builds a key, looks the compiled kernel up
-by it, and hands tensors to a C function that asks each for its address and the driver about the address. A `Launcher`
-learns from the first launch of a kind which compiled kernel serves what Triton specialises on (dtypes, 16-byte alignment
-of addresses, integers that are 1, multiples of 16 or wide, constants), and then calls that kernel's own launcher, with
-addresses in place of tensors.
+`kernel[grid](...)` binds arguments by name, asks each for its specialisation, builds a key, looks the compiled kernel
+up by it, and hands tensors to a C function that asks each for its address and the driver about the address. A
+`Launcher` learns from the first launch of a kind which compiled kernel serves what Triton specialises on (dtypes,
+16-byte alignment of addresses, integers that are 1, multiples of 16 or wide, constants), and then calls that kernel's
+own launcher, with addresses in place of tensors.
 
 Triton itself launches whenever something is not as expected: a target other than CUDA (AMD specialises on more), an
 argument that is neither a tensor nor an integer, a compiled kernel of another make, or a hook that wants to see the
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 Launch = Callable[..., Any]
 """(kernel, number of programs, *arguments, **constants); answers what Triton compiled for them, where it tells."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu import programs, speed
+from tests.gpu import programs, replays, speed
 from tests.suite import architectures, compare, door, opinfo
 
 MODELS = ("llama", "qwen3", "gemma2", "gpt2", "bert", "mixtral", "t5", "vit")
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="no part is started after this")
-    parser.add_argument("--parts", default="programs,operators,models,speed")
+    parser.add_argument("--parts", default="programs,replays,operators,models,speed")
     parser.add_argument("--operators-one-in", type=int, default=100, help="the share of OpInfo's cases")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(2)
     torch.set_default_device(arguments.device)
     parts: dict[str, Callable[[Run], None]] = {
-        "programs": _programs, "operators": _operators, "models": _models, "speed": _speed,
+        "programs": _programs, "replays": _replays, "operators": _operators, "models": _models, "speed": _speed,
     }  # fmt: skip
     unknown = set(arguments.parts.split(",")) - set(parts)
     if unknown:
@@ -103,6 +103,13 @@ def _like_eager(program: programs.Program, dtype: torch.dtype, device: str) -> N
         actual = door.compiled(program.function, target="triton")(*inputs)
         exact = [value.double() for value in inputs]
         compare.assert_same(actual, program.function(*inputs), oracle=lambda: program.function(*exact))
+
+
+def _replays(run: Run) -> None:
+    """Programs that are called again and again, recorded as CUDA graphs (`mode="reduce-overhead"`)."""
+    for target in ("triton", "inductor") if run.device != "cpu" else ("triton",):
+        for name, check in replays.CHECKS.items():
+            run.check(f"replay {name} {target}", lambda c=check, t=target: c(run.device, t))  # type: ignore[misc]
 
 
 def _operators(run: Run) -> None:
