@@ -28,7 +28,8 @@ VERIFY = ("off", "sample", "all")
 class Options:
     """What a user may choose.
 
-    mode: how much compile time to spend ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs").
+    mode: how much compile time to spend: "default"; "reduce-overhead" records CUDA graphs; "max-autotune" also times
+        configurations of kernels; "max-autotune-no-cudagraphs" only times them.
     target: where the graph is lowered to; "auto" takes "triton" for CUDA/ROCm tensors and "cpu" otherwise;
         "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
     quantize: how weights are quantised: a scheme's name ("int8", "int4", ...) or a `graphopt.Quantize`; None does not.

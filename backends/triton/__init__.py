@@ -11,6 +11,7 @@
     attention_split.py  many keys shared out among programs
     helpers.py      the small device functions that kernels share
     source.py       the text of one kernel
+    configs.py      what autotuning may choose from
     program.py      the whole graph as one Python file
     interpret.py    Triton's interpreter for one kernel, without an environment variable
     check.py        registers, spills and shared memory of a kernel, with no GPU

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from graphopt.backends.triton.attention import AttentionSection, attention_of
 from graphopt.backends.triton.attention_split import merge_kernel, scratch_elements
+from graphopt.backends.triton.configs import configs
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
 from graphopt.backends.triton.matmul_split import split as split_product
 from graphopt.backends.triton.reduction_split import split as split_rows
@@ -110,7 +111,7 @@ def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: S
         kind=kind, body=text, parameters=tuple(pointers), types=tuple(pointers.values()),
         sizes=tuple(region.parameters.items()), constants=constants, grid=" + ".join(grid),
         num_warps=max(s.num_warps for s in sections), helpers=helpers, comment=provenance(region),
-        num_stages=max(s.num_stages for s in sections),
+        num_stages=max(s.num_stages for s in sections), configs=configs(sections, whole=not scratch),
     )
 
 

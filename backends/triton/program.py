@@ -29,6 +29,7 @@ from graphopt.backends.triton.source import Kernel, harmless
 from graphopt.index_map import ALIASING_VIEWS, size_expression
 from graphopt.lowering import USERS_KERNELS
 from graphopt.ops import kv_write
+from graphopt.runtime.autotune import Config
 
 WIDE = 2**31 - 2**16
 """From this many elements on indices are 64 bits wide: the last tile's positions go beyond the end."""
@@ -88,9 +89,9 @@ class Program:
 class Writer:
     """Writes the program of one graph."""
 
-    def __init__(self, graph_module: GraphModule, refused: Mapping[str, str]) -> None:
+    def __init__(self, graph_module: GraphModule, refused: Mapping[str, str], chosen: Mapping[str, Config]) -> None:
         self.graph_module = graph_module
-        self.refused = refused
+        self.refused, self.chosen = refused, chosen
         self.updated = False
         self.updates_last = True
         self.lines: list[str] = []
@@ -236,7 +237,7 @@ class Writer:
         structure, symbols = key(module)
         if structure not in self._by_key:
             try:
-                self._by_key[structure] = generate(module), symbols
+                self._by_key[structure] = self._configured(generate(module)), symbols
             except Unsupported as error:
                 self._by_key[structure] = error, symbols
         kernel, known = self._by_key[structure]
@@ -245,6 +246,12 @@ class Writer:
             self._inline(node, module, reason or "")
             return
         self._launch(node, module, kernel, dict(zip(known, symbols, strict=True)))
+
+    def _configured(self, kernel: Kernel) -> Kernel:
+        """A chain of kernels in the configurations that were chosen."""
+        following = kernel.following and self._configured(kernel.following)
+        config = self.chosen.get(kernel.digest)
+        return dataclasses.replace(kernel.configured(config) if config else kernel, following=following)
 
     def _inline(self, node: Node, module: GraphModule, reason: str) -> None:
         """Run a region without a kernel by its own graph."""
@@ -377,10 +384,13 @@ def _keyword(name: str) -> str:
     return name
 
 
-def write(graph_module: GraphModule, refused: Mapping[str, str] | None = None) -> Program:
+def write(
+    graph_module: GraphModule, refused: Mapping[str, str] | None = None, chosen: Mapping[str, Config] | None = None
+) -> Program:
     """The program of a graph whose regions are `call_module` nodes. The graph is left as it is.
 
-    refused: digests of kernels that must not be used, with reasons; their regions run as ATen calls.
+    refused: digests of kernels that must not be used, with reasons; their regions run as ATen calls. chosen: digests of
+    kernels, as they are by default, with the configurations they are to have instead.
     Raises Unsupported when the graph holds a node that cannot be written as Python text at all.
     """
-    return Writer(graph_module, refused or {}).program()
+    return Writer(graph_module, refused or {}, chosen or {}).program()

@@ -15,6 +15,7 @@ from torch.fx import Node
 from graphopt import edit
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.region import Region
+from graphopt.runtime.autotune import Config
 
 _ASSIGNED = re.compile(r"\s*([A-Za-z_]\w*) = ")
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -43,6 +44,8 @@ class Kernel:
     sizes: the size parameters with the expressions, in the symbols of the graph the kernel was generated for.
     constants: the values of the constexpr parameters. grid: the number of programs, in parameters and constants.
 
+    configs: what autotuning may choose from, the kernel's own configuration first.
+
     following: the kernel to be launched after this one, where one launch does not do for the region: it goes on from
     what this one leaves in scratch memory. scratch: all such memory of the region; the first kernel of a chain has it.
     """
@@ -58,6 +61,7 @@ class Kernel:
     num_stages: int
     helpers: frozenset[str]
     comment: tuple[str, ...] = ()
+    configs: tuple[Config, ...] = ()
     following: Kernel | None = None
     scratch: tuple[Scratch, ...] = ()
 
@@ -65,6 +69,17 @@ class Kernel:
     def chain(self) -> list[Kernel]:
         """This kernel and those to be launched after it, in order."""
         return [self, *(self.following.chain if self.following is not None else ())]
+
+    def configured(self, config: Config) -> Kernel:
+        """The kernel in another configuration."""
+        constants = dict(config.constants)
+        return dataclasses.replace(
+            self, constants=constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+    def programs(self, sizes: Sequence[int]) -> int:
+        """The number of programs for values of the size parameters."""
+        given = {symbol.name: size for (symbol, _), size in zip(self.sizes, sizes, strict=True)}
+        return int(eval(self.grid, {"cdiv": lambda a, b: -(-a // b), **self.constants, **given}))
 
     @property
     def digest(self) -> str:

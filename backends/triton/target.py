@@ -15,11 +15,12 @@ from torch import fx
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Choice, KernelSource, Lowered
 from graphopt.options import Options
+from graphopt.runtime import cache, prologue
 from graphopt.runtime import kv as kv  # what the cache operations do at call time
 from graphopt.runtime import kv_paged as kv_paged
 from graphopt.runtime import kv_quantized as kv_quantized
-from graphopt.runtime import prologue
 from graphopt.runtime.artifact import Artifact
+from graphopt.runtime.autotune import Tuner
 
 
 def unavailable_reason() -> str | None:
@@ -37,12 +38,18 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
 
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     reason = unavailable_reason()
+    notes: list[str] = []
     if reason is None:
         from graphopt.backends.triton.compile import compile_graph as generate
         from graphopt.backends.triton.region import Unsupported
 
+        tuner = _tuner(options, inputs)
+        if isinstance(tuner, str):
+            notes.append(f"mode {options.mode!r}: default configurations: {tuner}")
         try:
-            compiled = generate(graph_module, _on_cpu(inputs), options.strict)
+            compiled = generate(
+                graph_module, _on_cpu(inputs), options.strict, None if isinstance(tuner, str) else tuner
+            )
         except Unsupported as error:
             reason = str(error)
     if reason is not None:
@@ -63,7 +70,26 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
         for name, kernel in compiled.kernels.items()
     ]
     kernels.append(KernelSource("call", "python", compiled.source))
-    return Lowered(Artifact(run, graph_prologue), choices, left_out, kernels)
+    return Lowered(Artifact(run, graph_prologue), choices, left_out, kernels, notes)
+
+
+def _tuner(options: Options, inputs: Sequence[Any]) -> Tuner | str | None:
+    """What times configurations in the modes that ask for it; None in the others, or the reason why nothing does."""
+    if not options.mode.startswith("max-autotune"):
+        return None
+    device = next((v.device for v in inputs if isinstance(v, torch.Tensor) and v.device.type == "cuda"), None)
+    if device is None:
+        return "kernels are timed on a GPU, and these are interpreted on the CPU"
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.partition(":")[0]
+    from graphopt.backends.triton.check import TARGETS
+
+    known = architecture if architecture in TARGETS else None
+    return Tuner(cache.cache_dir("autotune"), f"{properties.name} {architecture}", triton.__version__, known)
 
 
 def _on_cpu(inputs: Sequence[Any]) -> bool:
