@@ -7,6 +7,7 @@ asks nothing else.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -43,6 +44,7 @@ ELEMENTWISE: frozenset[Any] = frozenset(
         "erf sigmoid silu floor ceil trunc round log10 log1p expm1 tan tanh asin acos atan sinh cosh asinh acosh atanh "
         "erfc erfinv lgamma gelu special_erfcx special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 "
         "special_modified_bessel_i0 special_modified_bessel_i1 i0 special_i1 addcmul addcdiv clamp copy", "default")
+    | {prims.bitwise_and.default, prims.bitwise_or.default, prims.bitwise_xor.default}
     | {prims.div.default, prims.convert_element_type.default, aten._to_copy.default, aten.div.Tensor_mode,
        aten.div.Scalar_mode, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.clamp.Tensor}
 )
@@ -58,9 +60,19 @@ CONSTANTS: frozenset[Any] = frozenset({
 STRUCTURES: frozenset[Any] = frozenset({
     aten.cat.default, aten.constant_pad_nd.default, aten.embedding.default, aten.index_select.default,
     aten.gather.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.slice_scatter.default,
-    aten.select_scatter.default,
+    aten.select_scatter.default, aten.as_strided.default,
 })
 """The value at an index needs operands at other, known or loaded, indices."""
+
+SCATTERS: frozenset[Any] = frozenset({
+    aten.index_put.default, aten._unsafe_index_put.default, aten.index_copy.default, aten.index_add.default,
+    aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.scatter.src, aten.scatter.value,
+    aten.scatter_add.default,
+})
+"""The value at an index depends on which of some loaded indices name it."""
+
+FEW_INDICES = 16
+"""Indices of a scatter that a kernel asks for each element; more are left to ATen, which writes at them."""
 
 SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.split_copy.Tensor,
                     aten.split_with_sizes_copy.default, aten.unbind.int})
@@ -76,6 +88,46 @@ VARIANCES = frozenset({aten.var_mean.correction, aten.var.correction})
 SCANS = frozenset({aten.cumsum.default, aten.cumprod.default})
 REDUCTIONS = SUMS | PRODUCTS | EXTREMES | POSITIONS | PAIRS | VARIANCES | SCANS
 """A value needs a whole row of the operand."""
+
+
+def scattered(node: Node) -> list[Any]:
+    """The sizes that the indices of a scatter run over: for `index_put` those that its tensors broadcast to."""
+    if node.target in (aten.index_put.default, aten._unsafe_index_put.default):
+        tensors = [n.meta["val"] for n in node.args[1] if isinstance(n, Node)]  # type: ignore[union-attr]
+        if any(tensor.dtype == torch.bool for tensor in tensors):
+            return []
+        rank = max(tensor.dim() for tensor in tensors)
+        padded = [(1,) * (rank - tensor.dim()) + tuple(tensor.shape) for tensor in tensors]
+        if not all(isinstance(size, int) for sizes in padded for size in sizes):
+            return [size for sizes in padded for size in sizes]
+        return [0 if 0 in sizes else max(sizes) for sizes in zip(*padded, strict=True)] or [1]
+    indices, dim = node.args[2], node.args[1]
+    assert isinstance(indices, Node) and isinstance(dim, int)
+    shape = indices.meta["val"].shape
+    if not shape:
+        return [1]
+    return [shape[dim % len(shape)] if "scatter" in str(node.target) else shape[0]]
+
+
+def is_few(node: Node) -> bool:
+    """Does a scatter have so few indices that each element of the result may ask them all?"""
+    sizes = scattered(node)
+    return bool(sizes) and all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= FEW_INDICES
+
+
+def may_restride(node: Node) -> bool:
+    """Does `as_strided` only rename places of a value that its kernel computes, laid out row by row?"""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    value, result = operand.meta["val"], node.meta["val"]
+    sizes = [*value.shape, *value.stride(), *result.shape, *result.stride(), *node.args[2:]]
+    if operand.op != "call_function" or not all(isinstance(size, int) for size in _flat(sizes)):
+        return False
+    return bool(value.is_contiguous() and value.storage_offset() == 0)
+
+
+def _flat(values: Any) -> list[Any]:
+    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,)) if v is not None]
 
 
 def is_view(node: Node) -> bool:
@@ -94,8 +146,10 @@ def is_fusable(node: Node) -> bool:
     """Can a fused region compute the node?"""
     if node.op != "call_function" or not (
         node.target in ELEMENTWISE or node.target in CONSTANTS or node.target in STRUCTURES
-        or node.target in REDUCTIONS or is_view(node) or is_pick(node)
+        or node.target in REDUCTIONS or is_view(node) or is_pick(node) or (node.target in SCATTERS and is_few(node))
     ):
+        return False
+    if node.target is aten.as_strided.default and not may_restride(node):
         return False
     values = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
     tensors = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,)) if isinstance(t, torch.Tensor)]

@@ -3,6 +3,8 @@
     region.py       one region: its sizes, strides and structural key
     expressions.py  the table from ATen operators to Triton expressions, with eager's dtype rules
     evaluate.py     the value of a node at an index, as lines of Triton
+    gathers.py      reads at loaded indices
+    scatters.py     writes at few loaded indices
     rows.py         the skeleton of elementwise and reduction regions
     reduction_split.py  few and very long rows shared out among programs
     matmul.py       the skeleton of matrix products, their prologues and epilogues

@@ -200,6 +200,8 @@ class Evaluator:
         """A Python number beside a tensor: eager converts it to the dtype it computes in."""
         if compute in (torch.float32, torch.float64, *expressions.ROUNDED) and value.dtype != torch.float64:
             return f"float({value.text})" if value.text in ("True", "False") else value.text
+        if compute == torch.uint8 and value.text.startswith("(-"):
+            return str(int(value.text.strip("()")) % 256)
         return value.text
 
     def _compute_dtype(self, rule: expressions.Rule, result: torch.dtype, operands: Sequence[Any]) -> torch.dtype:

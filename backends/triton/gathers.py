@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from graphopt.backends.triton import expressions
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
@@ -56,11 +57,13 @@ def gather(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value
     """One element for each index, along a dimension."""
     operand, dim, indices = node.args[:3]
     assert isinstance(operand, Node) and isinstance(indices, Node) and isinstance(dim, int)
-    if not index:
-        return e.value(operand, index, guard)
-    if not operand.meta["val"].dim() or len(index) != operand.meta["val"].dim():
-        raise Unsupported("a gather between different ranks")
-    axis = dim % len(index)
+    rank = operand.meta["val"].dim()
+    if not rank:
+        return e.value(operand, (), guard)
+    if len(index) != rank and index and e.region.numel(indices) == 0:  # of another rank only where there is nothing
+        dtype = node.meta["val"].dtype
+        return e.settle(f"tl.full([], 0, {expressions.CARRIERS[dtype]})", dtype, frozenset())
+    axis = dim % rank
     row, test = _checked(e, indices, index, e.region.sizes(operand)[axis], guard, wrap=False)
     return e.value(operand, (*index[:axis], row, *index[axis + 1 :]), test)
 

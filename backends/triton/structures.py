@@ -14,12 +14,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt.backends.triton import expressions, gathers
+from graphopt.backends.triton import expressions, gathers, scatters
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
-from graphopt.index_map import Index
-from graphopt.row_ops import REDUCTIONS, SPLITS
+from graphopt.index_map import Index, unflatten
+from graphopt.row_ops import REDUCTIONS, SPLITS, may_restride
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -286,6 +286,17 @@ def _pick(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     return e.value(operand, (*index[:axis], sympy.expand(index[axis] + begin), *index[axis + 1 :]), guard)
 
 
+def _as_strided(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """Another naming of the places of a value that is laid out row by row."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    if not may_restride(node):
+        raise Unsupported("as_strided of memory that is not laid out row by row, or is an input's")
+    start = _argument(node, 3, "storage_offset") or 0
+    place = sum((i * s for i, s in zip(index, e.region.strides(node), strict=True)), sympy.Integer(start))
+    return e.value(operand, unflatten(sympy.expand(place), e.region.sizes(operand), e.ranges), guard)
+
+
 def _copy(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     """copy(destination, source): the source, converted."""
     value = e.operand(node.args[1], index, guard)
@@ -333,4 +344,14 @@ STRUCTURES: dict[Any, Structure] = {
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.copy.default: _copy,
+    aten.as_strided.default: _as_strided,
+    aten.index_put.default: scatters.index_put,
+    aten._unsafe_index_put.default: scatters.index_put,
+    aten.index_copy.default: scatters.index_along,
+    aten.index_add.default: scatters.index_along,
+    aten.index_fill.int_Scalar: scatters.index_along,
+    aten.index_fill.int_Tensor: scatters.index_along,
+    aten.scatter.src: scatters.scatter,
+    aten.scatter.value: scatters.scatter,
+    aten.scatter_add.default: scatters.scatter,
 }

@@ -7,8 +7,8 @@ import torch
 from torch.fx import Node
 
 from graphopt.index_map import IDENTITIES, RESHAPES, product, size_expression
-from graphopt.passes.fuse.groups import Group, chain, consumers, producers
-from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, STRUCTURES, is_pick
+from graphopt.passes.fuse.groups import Group, chain, consumers, producers, source_of
+from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, SCATTERS, STRUCTURES, is_pick
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -68,6 +68,8 @@ def may_join(node: Node, group: Group) -> bool:
     if is_pick(node):
         return node.args[0] in group.nodes
     own = [p for p in producers(node) if p in group.nodes]
+    if node.target in SCATTERS and any(source_of(n) in own for n in node.all_input_nodes if n is not node.args[0]):
+        return False  # it would be computed once for each index
     rows = group_rows(group)
     mine = rows_of(node) if node.target in REDUCTIONS else None
     if node.target in REDUCTIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,10 @@ MORE = frozenset(
     "unfold diagonal split chunk full_like zeros_like nn.functional.softplus nn.functional.leaky_relu "
     "nn.functional.hardswish nn.functional.mish nn.functional.group_norm nn.functional.normalize var_mean std_mean "
     "logsumexp select_scatter slice_scatter repeat tile movedim outer unflatten flatten rot90 hstack vstack nan_to_num "
-    "isclose heaviside logaddexp float_power rsub nn.functional.logsigmoid index_fill index_add scatter".split())
+    "isclose heaviside logaddexp float_power rsub nn.functional.logsigmoid index_fill index_add scatter index_copy "
+    "index_put scatter_add".split())
+SCATTERS = ("index_copy", "index_fill", "index_add", "index_put", "scatter", "scatter_add", "gather", "isclose")
+MAY_BE_REFUSED = ("a scatter of many indices, or of a symbolic number", "no kernel rule for aten.scatter.reduce")
 SMOKE = ("add", "div", "remainder", "pow", "sum", "argmax", "cumsum", "where", "softmax", "gather", "cat", "tanh")
 
 # Operators for which Inductor has no generated GPU kernel either, or which are no operators of one tensor program.
@@ -101,6 +105,17 @@ def test_samples_lower_and_agree(name: str) -> None:
     torch.manual_seed(0)
     op = next(o for o in op_db if o.name == name)
     assert {outcome(op, sample) for sample in samples(op, 2)} <= {"ok", "skip"}
+
+
+@pytest.mark.rotate(one_in=3)
+@pytest.mark.parametrize("name", SCATTERS)
+def test_writes_at_loaded_indices_agree_in_all_dtypes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    more = (*DTYPES, torch.float16, torch.float64, torch.int8, torch.uint8)
+    monkeypatch.setattr(sys.modules[__name__], "DTYPES", more)
+    op = next(o for o in op_db if o.name == name)
+    refused = {outcome(op, sample) for sample in samples(op, 6)} - {"ok", "skip"}
+    assert all(reason in MAY_BE_REFUSED for reason in refused), refused
 
 
 @pytest.mark.slow

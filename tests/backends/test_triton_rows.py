@@ -98,6 +98,11 @@ def test_small_integers_wrap() -> None:
     assert_agrees(lambda a: (a + a, a * a, -a), x)
 
 
+def test_negative_numbers_beside_unsigned_tensors_wrap() -> None:
+    x = torch.tensor([0, 3, 200, 255], dtype=torch.uint8)
+    assert_agrees(lambda a: (a * -2, a + -1, a == -1, a.clamp(min=3)), x)
+
+
 def test_int8_to_bfloat16_goes_by_value() -> None:
     assert_agrees(lambda a: a.to(bf16) * 2, torch.tensor([-128, -3, 0, 5, 127], dtype=torch.int8))
 
