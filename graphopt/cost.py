@@ -76,6 +76,10 @@ class Device:
     launch: float = 3e-6
     processors: int = 1
 
+    def drawn(self, programs: int) -> float:
+        """The share of the bandwidth that so many programs draw: one alone about twice its share."""
+        return min(1.0, 2 * programs / self.processors)
+
     def seconds(self, cost: Cost, dtype: torch.dtype = torch.bfloat16) -> float:
         """The predicted time of a cost without free symbols. Raises ValueError while symbols are left."""
         left = sorted(str(s) for s in sympy.sympify(cost.bytes + cost.flops).free_symbols)

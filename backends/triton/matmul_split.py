@@ -10,7 +10,8 @@ The sum of program p for tile t lies at slot p + t. No two share one: from one s
 steps, either the program or the tile changes to the next.
 
 How many programs. A tile is walked in steps of BLOCK_K. The time of a product is taken to be its roofline on the
-device, divided by the share of the processors that are busy; sharing out adds a launch, and the sums written and read.
+device, where only the processors that are busy compute, and so many programs draw only so much of the bandwidth
+(`cost.Device.drawn`); sharing out adds a launch, and the sums written and read.
 Where this is less, tiles below the number of processors are cut so that there are two programs for each processor, of
 `LEAST_STEPS` steps each at least; from there on there is one program for each processor. Where a norm is summed over
 the rows first, every program would have to walk along all of k for it, and nothing is shared out.
@@ -53,8 +54,8 @@ def _programs(region: Region, sections: Sequence[MatmulSection]) -> list[int] | 
     if whole == 0 or steps < 2 * LEAST_STEPS or structures_before([s.products[0].left for s in sections]):
         return None
     alone = cost.region_cost(region.graph_module)
-    at = cost.Cost(region.example(alone.bytes), region.example(alone.flops))
-    seconds = device.seconds(at, sections[0].dtype)
+    moving = device.seconds(cost.Cost(region.example(alone.bytes)))
+    computing = device.seconds(cost.Cost(flops=region.example(alone.flops)), sections[0].dtype)
     if whole < device.processors:
         cuts = min(steps // LEAST_STEPS, math.ceil(2 * device.processors / whole))
         shares = [cuts * each for each in tiles]
@@ -63,8 +64,11 @@ def _programs(region: Region, sections: Sequence[MatmulSection]) -> list[int] | 
     blocks = (math.prod(list(section.blocks.values())[:2]) * len(section.products) for section in sections)
     sums = sum(size * (share + each) for size, share, each in zip(blocks, shares, tiles, strict=True))
     extra = device.launch + 2 * 4 * sums / device.bandwidth
-    busy = [_busy(running, device.processors) for running in (whole, sum(shares))]
-    return shares if seconds / busy[1] + extra < seconds / busy[0] else None
+    now, then = (
+        max(moving / device.drawn(running), computing / _busy(running, device.processors))
+        for running in (whole, sum(shares))
+    )
+    return shares if then + extra < now else None
 
 
 def _busy(programs: int, processors: int) -> float:

@@ -33,8 +33,6 @@ STEP = 1024
 """Columns at a time: parts are multiples of it, so it is shorter than in a kernel that walks a whole row."""
 _MOST_PARTS = 4096
 """Numbers of a merge that a program holds in registers: parts of one row times rows."""
-_SHARE = 2
-"""How many times its share of the bandwidth one program alone can draw."""
 _TYPES = {carrier: dtype for dtype, carrier in expressions.CARRIERS.items() if dtype not in expressions.ROUNDED}
 
 
@@ -65,7 +63,7 @@ def _parts(region: Region, whole: RowSection) -> int:
     device = region.device
     moved = region.example(cost.region_cost(region.graph_module).bytes)
     levels = 1 + max(r.level for r in whole.reductions)
-    together = [min(1.0, _SHARE * running / device.processors) for running in (programs, programs * parts)]
+    together = [device.drawn(running) for running in (programs, programs * parts)]
     walks = levels * moved / device.bandwidth
     return parts if walks / together[1] + levels * device.launch < walks / together[0] else 1
 

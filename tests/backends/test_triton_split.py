@@ -213,7 +213,7 @@ def test_sixteen_bit_sums_are_rounded_once() -> None:
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_joined_products_and_sections_are_dealt_out_together(rows: int) -> None:
-    x, g, u = torch.randn(rows, 9_000) / 100, torch.randn(20, 9_000) / 10, torch.randn(20, 9_000) / 10
+    x, g, u = torch.randn(rows, 20_000) / 100, torch.randn(20, 20_000) / 10, torch.randn(20, 20_000) / 10
     assert_product_agrees(lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u), x, g, u, launches=2)
     assert_product_agrees(lambda x, g, u: (F.linear(x, g), F.linear(x, u[:9])), x, g, u, launches=2)
 
@@ -248,9 +248,11 @@ def test_symbolic_rows_are_dealt_out_by_those_of_the_first_call() -> None:
         torch.testing.assert_close(got, F.linear(x, w).relu(), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 64, 512), (512, 512, 256), (4, 20_000, 512)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"), [(1, 64, 512), (512, 512, 256), (4, 20_000, 512), (16, 768, 3072)]
+)
 def test_short_products_and_those_of_many_tiles_are_not_dealt_out(rows: int, columns: int, depth: int) -> None:
-    x, w = torch.empty(rows, depth), torch.empty(columns, depth)
+    x, w = torch.empty(rows, depth, dtype=bf16), torch.empty(columns, depth, dtype=bf16)
     assert [k.kind for k in kernels_of(lambda x, w: F.linear(x, w), x, w)] == ["linear"]
 
 
