@@ -141,12 +141,13 @@ INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, int64_t
     const __m512i codes = raised_codes(at), *x = packed.x + m * packed.ldx + s * fixed_vectors;
     for (int c = 0; c < columns; ++c) acc[r][c] = add_products<group>(acc[r][c], codes, x + c * packed.ldx, scale, of);
   };
-  // The four rows lie behind each other: what is asked for ahead of time is asked for in the order of memory.
+  // The four rows lie behind each other: what is asked for ahead of time is asked for in the order of memory, and for the
+  // second-level cache, since more lines can be under way to that than to the first.
   const uint8_t* soon = w[0] + prefetch_bytes;
   const int64_t whole = task.row_bytes / 64, left = task.row_bytes % 64;
   for (int64_t s = 0; s < whole; ++s)
 #pragma GCC unroll 4
-    for (int r = 0; r < rows_at_once; ++r, soon += 64) __builtin_prefetch(soon), step(r, w[r] + s * 64, scales[r], s, s);
+    for (int r = 0; r < rows_at_once; ++r, soon += 64) __builtin_prefetch(soon, 0, 2), step(r, w[r] + s * 64, scales[r], s, s);
   if (left)
     for (int r = 0; r < rows_at_once; ++r) {
       uint8_t codes[64];
