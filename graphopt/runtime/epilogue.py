@@ -29,6 +29,11 @@ def after_call(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Call
     return register
 
 
+def is_after_call(node: fx.Node) -> bool:
+    """Whether the node's operation runs after the graph."""
+    return str(node.target) in _after_call
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
     """The value number `index` of a call: an input of the graph as it was captured, or a step of the prologue."""
@@ -82,7 +87,7 @@ def sink(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) -> Epilogue
     output = graph_module.graph.output_node()
     results: Any = output.args[0]
     if not isinstance(results, (tuple, list)) or not any(
-        isinstance(node, fx.Node) and str(node.target) in _after_call for node in results
+        isinstance(node, fx.Node) and is_after_call(node) for node in results
     ):
         return None
     written = _written_into(graph_module, known)
@@ -98,7 +103,7 @@ def sink(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) -> Epilogue
 
     made: list[Returned | Making] = []
     for node in results:
-        if isinstance(node, fx.Node) and str(node.target) in _after_call:
+        if isinstance(node, fx.Node) and is_after_call(node):
             assert isinstance(node.target, torch._ops.OpOverload) and not node.kwargs
             made.append(Making(str(node.target), tuple(map(argument_of, node.args))))
         else:
@@ -106,7 +111,7 @@ def sink(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) -> Epilogue
             made.append(Returned(len(returned) - 1))
     output.args = (type(results)(returned),)
     for node in dict.fromkeys(results):
-        if isinstance(node, fx.Node) and not node.users and str(node.target) in _after_call:
+        if isinstance(node, fx.Node) and not node.users and is_after_call(node):
             graph_module.graph.erase_node(node)
     return Epilogue(tuple(made))
 

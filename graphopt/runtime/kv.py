@@ -61,8 +61,7 @@ def reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> 
     The first S rows of the result must not be written. Thread-safe: of two callers with one `past`, one gets
     a copy. capacity: the rows that memory is taken for, where it should not grow; more raise KVCapacityError.
     """
-    size = past.shape
-    length = size[dim]
+    length = past.shape[dim]
     ops.check_capacity(length + count, capacity)
     base = past._base
     buffer: Buffer | None = getattr(base, "_graphopt_kv", None)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphopt import edit
 from graphopt.runtime import packs, pages
-from graphopt.runtime.epilogue import Epilogue, sink
+from graphopt.runtime.epilogue import Epilogue, is_after_call, sink
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -112,13 +112,7 @@ class Prologue:
         current = kept is not None and kept[0].holds(weights)
         values += kept[1] if kept is not None and current else [None] * len(self.steps)
         for number in packing.others if current else range(len(self.steps)):
-            step = self.steps[number]
-            args = [
-                values[argument.index] if type(argument) is Input else _resolve(argument, values)
-                for argument in step.args
-            ]
-            kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
-            values[count + number] = _function_of(step)(*args, **kwargs)
+            values[count + number] = self._run[number](values)
         if packing.steps and not current:
             results = [values[count + number] if number in packing.steps else None for number in range(len(self.steps))]
             pages.enlarge(tree_leaves(results))
@@ -127,6 +121,11 @@ class Prologue:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps": self.steps, "results": self.results, "epilogue": self.epilogue}
+
+    @functools.cached_property
+    def _run(self) -> list[Callable[[list[Any]], Any]]:
+        """Each step as a function of the values so far."""
+        return [_runner(step) for step in self.steps]
 
     @functools.cached_property
     def _kept(self) -> dict[str, tuple[packs.Snapshot, list[Any]]]:
@@ -150,8 +149,16 @@ class Prologue:
         return found
 
 
-def _function_of(step: Step) -> Callable[..., Any]:
-    return _call_time.get(step.function) or _ARITHMETIC[step.function]
+def _runner(step: Step) -> Callable[[list[Any]], Any]:
+    function = _call_time.get(step.function) or _ARITHMETIC[step.function]
+    args, kwargs = step.args, dict(step.kwargs)
+    if not kwargs and args and isinstance(args[0], Input) and not list(_inputs_of(args[1:])):
+        first, rest = args[0].index, _resolve(args[1:], [])  # the commonest form: a cache, and constants
+        return lambda values: function(values[first], *rest)
+    return lambda values: function(
+        *[_resolve(argument, values) for argument in args],
+        **{name: _resolve(argument, values) for name, argument in kwargs.items()},
+    )
 
 
 def _inputs_of(argument: Any) -> Iterator[int]:
@@ -181,10 +188,11 @@ def hoist(
     moved = _packing if packs_only else _call_time.keys()
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     index = {node: position for position, node in enumerate(placeholders)}
+    read = _read_at_call_time(graph_module)
     steps: list[Step] = []
     hoisted: list[fx.Node] = []
     for node in graph_module.graph.nodes:
-        if _may_hoist(node, index, hoisted, moved):
+        if _may_hoist(node, index, hoisted, moved) and (node in read or str(node.target) in moved):
             function = str(node.target) if str(node.target) in _call_time else node.target.__name__
             kwargs = tuple((key, _frozen(node.kwargs[key], index)) for key in sorted(node.kwargs))
             steps.append(Step(function, _frozen(node.args, index), kwargs))
@@ -217,6 +225,15 @@ def hoist(
             graph_module.graph.erase_node(node)
             del results[position], new_inputs[position]
     return Prologue(tuple(steps), tuple(results), epilogue), new_inputs
+
+
+def _read_at_call_time(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """What operations at call time are computed from; other integer arithmetic need not be done twice."""
+    read: set[fx.Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        if node in read or str(node.target) in _call_time or is_after_call(node) or node.target is operator.getitem:
+            read.update([node, *node.all_input_nodes])
+    return read
 
 
 def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.Node], moved: Collection[str]) -> bool:
