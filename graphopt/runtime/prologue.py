@@ -27,6 +27,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (operator.add, operator.sub, operator.mul, operator.floordiv, operator.getitem)
 }
+_INTEGERS = tuple(function for function in _ARITHMETIC.values() if function is not operator.getitem)
 _call_time: dict[str, Callable[..., Any]] = {}
 _packing: set[str] = set()
 
@@ -192,7 +193,7 @@ def hoist(
     steps: list[Step] = []
     hoisted: list[fx.Node] = []
     for node in graph_module.graph.nodes:
-        if _may_hoist(node, index, hoisted, moved) and (node in read or str(node.target) in moved):
+        if _may_hoist(node, index, hoisted, moved) and (node in read or node.target not in _INTEGERS):
             function = str(node.target) if str(node.target) in _call_time else node.target.__name__
             kwargs = tuple((key, _frozen(node.kwargs[key], index)) for key in sorted(node.kwargs))
             steps.append(Step(function, _frozen(node.args, index), kwargs))
@@ -231,8 +232,8 @@ def _read_at_call_time(graph_module: fx.GraphModule) -> set[fx.Node]:
     """What operations at call time are computed from; other integer arithmetic need not be done twice."""
     read: set[fx.Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        if node in read or str(node.target) in _call_time or is_after_call(node) or node.target is operator.getitem:
-            read.update([node, *node.all_input_nodes])
+        if node in read or str(node.target) in _call_time or is_after_call(node):
+            read.update(node.all_input_nodes)
     return read
 
 
@@ -243,7 +244,7 @@ def _may_hoist(node: fx.Node, index: dict[fx.Node, int], hoisted: Sequence[fx.No
         return True
     if node.target is operator.getitem:
         return node.args[0] in hoisted
-    return node.target in _ARITHMETIC.values() and isinstance(node.meta.get("val"), (int, torch.SymInt))
+    return node.target in _INTEGERS and isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _frozen(argument: Any, index: dict[fx.Node, int]) -> Any:

@@ -45,13 +45,15 @@ def test_a_graph_without_call_time_operations_has_no_prologue() -> None:
 
 def test_only_what_call_time_operations_read_is_computed_there() -> None:
     def grow(past: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
-        return torch.ops.graphopt.kv_reserve(past, count * 2, 2), count * 3 + 1
+        room = torch.ops.graphopt.kv_reserve(past, count * 2, 2)
+        upper, _ = torch.unbind(past.narrow(2, 0, count + 2))
+        return room, upper.shape[1] - 1
 
-    graph_module = make_fx(grow, tracing_mode="symbolic")(torch.randn(1, 2, 5, 4), 3)
+    graph_module = make_fx(grow, tracing_mode="symbolic")(torch.randn(2, 2, 5, 4), 3)
     inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
     made, _ = prologue.hoist(graph_module, inputs)
     assert made is not None and [step.function for step in made.steps] == ["mul", "graphopt.kv_reserve.default"]
-    past = torch.randn(1, 2, 5, 4)
+    past = torch.randn(2, 2, 5, 4)
     graph_module.recompile()
-    room, number = graph_module(*made([past, 4]))
-    assert room.shape == (1, 2, 13, 4) and torch.equal(room[:, :, :5], past) and number == 13
+    room, number = graph_module(*made([past, 3]))
+    assert room.shape == (2, 2, 11, 4) and torch.equal(room[:, :, :5], past) and number == 4
