@@ -218,6 +218,7 @@ _PRODUCTS = {
     "graphopt.parallel_linear.default": 0,
     "graphopt.quantized_linear.default": 0,
     "graphopt.parallel_quantized_linear.default": 0,
+    "graphopt.quantized_grouped_linear.default": 0,
 }
 
 

@@ -31,6 +31,7 @@ from graphopt.passes.prune.prune_experts import prune_experts
 from graphopt.passes.prune.sparsify_linears import sparsify_linears
 from graphopt.passes.quantize.merge_quantized_linears import merge_quantized_linears
 from graphopt.passes.quantize.quantize_embeddings import quantize_embeddings
+from graphopt.passes.quantize.quantize_experts import quantize_experts
 from graphopt.passes.quantize.quantize_linears import quantize_linears
 from graphopt.passes.recognize.drop_relayouts import drop_relayouts
 from graphopt.passes.recognize.recognize_attention import recognize_attention
@@ -85,6 +86,7 @@ OPTIONAL: tuple[Callable[..., int], ...] = (
     # quantize
     quantize_linears,
     quantize_embeddings,
+    quantize_experts,
     merge_quantized_linears,
 )
 
@@ -152,6 +154,7 @@ def _quantizing(options: Options) -> tuple[Callable[..., int], ...]:
     return (
         _bound(quantize_linears, quantize=quantize),
         _bound(quantize_embeddings, quantize=quantize),
+        _bound(quantize_experts, quantize=quantize),
         merge_quantized_linears,
     )
 

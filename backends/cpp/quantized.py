@@ -23,12 +23,14 @@ def lowerings() -> tuple[Lowering, ...]:
     """Lowerings of the dialect's operations on packed weights; the library must be loaded."""
     kernels = torch.ops.graphopt_cpp
     one, all_at_once = kernels.quantized_linear.default, kernels.parallel_quantized_linear.default
-    look_up = kernels.quantized_embedding.default
+    by_expert, look_up = kernels.quantized_grouped_linear.default, kernels.quantized_embedding.default
+    grouped = operations.quantized_grouped_linear
     return (
         Lowering("cpp.quantized_linear", operations.quantized_linear, _linear, same_arguments(one)),
         Lowering(
             "cpp.parallel_quantized_linear", operations.parallel_quantized_linear, _linear, same_arguments(all_at_once)
         ),
+        Lowering("cpp.quantized_grouped_linear", grouped, _grouped, same_arguments(by_expert)),
         Lowering("cpp.quantized_embedding", operations.quantized_embedding, _embedding, same_arguments(look_up)),
     )
 
@@ -60,6 +62,14 @@ def _linear(node: fx.Node) -> str | None:
     biases = given["biases"] if "biases" in given else [given["bias"]]
     values = [None if bias is None else bias.meta["val"] for bias in biases]
     return unsupported_reason(given["x"].meta["val"], _values(given["packed"]), values, given["scheme"])
+
+
+def _grouped(node: fx.Node) -> str | None:
+    given = arguments(node)
+    ends = given["ends"].meta["val"]
+    if ends.device.type != "cpu" or ends.dtype not in (torch.int32, torch.int64):
+        return f"ends of {operands.name(ends.dtype)} on {ends.device.type}"
+    return unsupported_reason(given["x"].meta["val"], _values(given["packed"]), [], given["scheme"])
 
 
 def _embedding(node: fx.Node) -> str | None:

@@ -135,7 +135,7 @@ def _lookup(values: Sequence[float], codes: Tensor) -> Tensor:
 def _nearest(values: Sequence[float], scaled: Tensor) -> Tensor:
     """The index of the nearest of ascending values."""
     middles = [(low + high) / 2 for low, high in zip(values, values[1:], strict=False)]
-    return torch.bucketize(scaled, torch.tensor(middles, device=scaled.device)).to(torch.uint8)
+    return torch.bucketize(scaled.contiguous(), torch.tensor(middles, device=scaled.device)).to(torch.uint8)
 
 
 def _nf4_parameters(groups: Tensor) -> list[Tensor]:

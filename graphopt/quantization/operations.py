@@ -7,6 +7,7 @@ pack is made once (`packing`), so that a compiled graph receives packed tensors 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,18 @@ from graphopt.quantization import codecs, schemes
 from graphopt.quantization import rounding as rounding_methods
 
 
+def matrix(shape: Sequence[int], *, transposed: bool = False) -> tuple[int, int]:
+    """Rows N and columns K of a weight [..., N, K], or, transposed, [..., K, N]: leading dimensions count as rows."""
+    *leading, rows, columns = shape
+    if transposed:
+        rows, columns = columns, rows
+    return math.prod(leading) * rows, columns
+
+
 def _packed_shape(
     weight: Tensor, scheme: str, scale: Tensor | None = None, *, transposed: bool = False, rounding: str = ""
 ) -> list[Tensor]:
-    rows, columns = reversed(weight.shape) if transposed else weight.shape
-    layout = schemes.named(scheme).layout(rows, columns)
+    layout = schemes.named(scheme).layout(*matrix(weight.shape, transposed=transposed))
     return [weight.new_empty(shape, dtype=dtype) for shape, dtype in layout]
 
 
@@ -37,6 +45,10 @@ def _linear_shape(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, sche
 
 def _parallel_shape(x: Tensor, packed: Sequence[Tensor], biases: Sequence[Tensor | None], scheme: str) -> list[Tensor]:
     return [_linear_shape(x, [data], None, scheme) for data in packed[:: schemes.named(scheme).parts]]
+
+
+def _grouped_shape(x: Tensor, packed: Sequence[Tensor], ends: Tensor, scheme: str) -> Tensor:
+    return x.new_empty((x.shape[0], packed[0].shape[0] // ends.shape[0]))
 
 
 def _embedding_shape(
@@ -54,11 +66,13 @@ def quantize_weight(
 ) -> list[Tensor]:
     """The packed tensors of a weight [N, K], or, transposed, of one that is kept as [K, N].
 
+    Of several weights of one shape, [E, N, K] or [E, K, N], they are those of the rows of all, [E * N, K].
+
     scale: float32 [K], multiplied into the input channels first. rounding: "" takes the nearest codes;
         "gptq:..."
     those that suit the inputs named by the rest of the text (`rounding.spell`).
     """
-    weight = weight.t() if transposed else weight
+    weight = (weight.mT if transposed else weight).flatten(0, -2)
     if scale is not None:
         weight = weight.float() * scale
     if rounding:
@@ -112,6 +126,23 @@ def parallel_quantized_linear(
         quantized_linear(x, packed[index * parts : (index + 1) * parts], bias, scheme)
         for index, bias in enumerate(biases)
     ]
+
+
+@operation("(Tensor x, Tensor[] packed, Tensor ends, str scheme) -> Tensor", _grouped_shape)
+def quantized_grouped_linear(x: Tensor, packed: Sequence[Tensor], ends: Tensor, scheme: str) -> Tensor:
+    """Rows of x [S, K], sorted by expert, times the packed weight [N, K] of their expert transposed: [S, N].
+
+    packed: of the rows of all experts, [E * N, K]. ends: integers [E], the row of x behind the last of each expert.
+    Rows behind all of them give zeros.
+    """
+    experts = ends.shape[0]
+    rows = packed[0].shape[0] // experts
+    expert = (torch.arange(x.shape[0], device=x.device)[:, None] >= ends).sum(1, keepdim=True)
+    y = x.new_zeros((x.shape[0], rows))
+    for index in range(experts):
+        own = [part[index * rows : (index + 1) * rows] for part in packed]
+        y = torch.where(expert == index, quantized_linear(x, own, None, scheme), y)
+    return y
 
 
 @operation("(Tensor indices, Tensor[] packed, int columns, ScalarType dtype, str scheme) -> Tensor", _embedding_shape)

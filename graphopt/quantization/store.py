@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import OptionError, StoredFileError
-from graphopt.quantization import packing, release, schemes
+from graphopt.quantization import operations, packing, release, schemes
 from graphopt.quantization.calibration import Calibration
 from graphopt.quantize_options import Quantize
 from graphopt.runtime import packs
@@ -196,10 +196,8 @@ def _checked(
             raise StoredFileError(f"record {index} makes {record['makes']!r}, which is unknown")
         if record["makes"] == "weight":
             arguments, keywords = record["constants"]
-            rows, columns = content["weights"][record["from"][0]]["shape"]
-            if dict(keywords).get("transposed"):
-                rows, columns = columns, rows
-            layout = schemes.named(arguments[1]).layout(rows, columns)
+            shape, turned = content["weights"][record["from"][0]]["shape"], dict(keywords).get("transposed", False)
+            layout = schemes.named(arguments[1]).layout(*operations.matrix(shape, transposed=turned))
             if [(tuple(part.shape), part.dtype) for part in parts] != layout:
                 raise StoredFileError(f"the packed tensors of {record['from'][0]!r} are not laid out as {arguments[1]}")
         found.append((record, parts))

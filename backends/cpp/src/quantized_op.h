@@ -211,6 +211,27 @@ std::vector<Tensor> parallel_quantized_linear_cpu(const Tensor& x, at::TensorLis
   return parallel_quantized_linear(x, packed, biases.vec(), scheme);
 }
 
+// Every expert's rows of x by themselves; experts without rows are not read.
+Tensor quantized_grouped_linear_cpu(const Tensor& x, at::TensorList packed, const Tensor& ends, c10::string_view scheme) {
+  TORCH_CHECK(x.dim() == 2 && ends.dim() == 1 && ends.numel() > 0 && !packed.empty() && packed[0].dim() == 2 && packed[0].size(0) % ends.numel() == 0,
+              "quantized_grouped_linear: x must be [S, K], ends [E] and packed [E * N, ...], got ", x.sizes(), " and ", ends.sizes());
+  const Tensor last = ends.to(at::kLong).contiguous();
+  const int64_t rows = packed[0].size(0) / last.numel();
+  const Tensor out = at::zeros({x.size(0), rows}, x.options().requires_grad(false));
+  int64_t begin = 0;
+  for (int64_t expert = 0; expert < last.numel(); ++expert) {
+    const int64_t end = last.const_data_ptr<int64_t>()[expert], count = end - begin;
+    TORCH_CHECK_INDEX(count >= 0 && end <= x.size(0), "quantized_grouped_linear: ends must rise and stay within ", x.size(0), " rows, got ", end,
+                      " behind ", begin);
+    if (count == 0) continue;
+    std::vector<Tensor> own;
+    for (const Tensor& part : packed) own.push_back(part.narrow(0, expert * rows, rows));
+    out.narrow(0, begin, count).copy_(quantized_linear_cpu(x.narrow(0, begin, count), own, std::nullopt, scheme));
+    begin = end;
+  }
+  return out;
+}
+
 template <class Index>
 void look_up(const Tensor& indices, const QuantizedTask& table, Dtype dtype, const Tensor& out) {
   const Index* index = indices.const_data_ptr<Index>();
@@ -255,6 +276,10 @@ Tensor quantized_linear_meta(const Tensor& x, at::TensorList packed, const Maybe
   return parallel_quantized_linear_meta(x, packed, c10::List<MaybeTensor>({bias}), scheme)[0];
 }
 
+Tensor quantized_grouped_linear_meta(const Tensor& x, at::TensorList packed, const Tensor& ends, c10::string_view) {
+  return x.new_empty_symint({x.sym_size(0), packed[0].sym_size(0) / ends.sym_size(0)});
+}
+
 Tensor quantized_embedding_meta(const Tensor& indices, at::TensorList, int64_t columns, at::ScalarType dtype, c10::string_view) {
   auto sizes = indices.sym_sizes().vec();
   sizes.push_back(columns);
@@ -264,18 +289,21 @@ Tensor quantized_embedding_meta(const Tensor& indices, at::TensorList, int64_t c
 TORCH_LIBRARY_FRAGMENT(graphopt_cpp, m) {
   m.def("quantized_linear(Tensor x, Tensor[] packed, Tensor? bias, str scheme) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("parallel_quantized_linear(Tensor x, Tensor[] packed, Tensor?[] biases, str scheme) -> Tensor[]", {at::Tag::pt2_compliant_tag});
+  m.def("quantized_grouped_linear(Tensor x, Tensor[] packed, Tensor ends, str scheme) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("quantized_embedding(Tensor indices, Tensor[] packed, int columns, ScalarType dtype, str scheme) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(graphopt_cpp, CPU, m) {
   m.impl("quantized_linear", quantized_linear_cpu);
   m.impl("parallel_quantized_linear", parallel_quantized_linear_cpu);
+  m.impl("quantized_grouped_linear", quantized_grouped_linear_cpu);
   m.impl("quantized_embedding", quantized_embedding_cpu);
 }
 
 TORCH_LIBRARY_IMPL(graphopt_cpp, Meta, m) {
   m.impl("quantized_linear", quantized_linear_meta);
   m.impl("parallel_quantized_linear", parallel_quantized_linear_meta);
+  m.impl("quantized_grouped_linear", quantized_grouped_linear_meta);
   m.impl("quantized_embedding", quantized_embedding_meta);
 }
 

@@ -1,0 +1,173 @@
+"""quantize_experts: grouped products with packed experts, changed weights, and one test for each refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.integrations import moe as moe  # registers transformers::grouped_mm_fallback
+
+from graphopt import Quantize
+from graphopt.backend import graphopt as backend
+from graphopt.options import Options
+from graphopt.passes import PIPELINE, lossy
+from graphopt.pipeline import arrange, describe
+from graphopt.quantization import operations, schemes
+from graphopt.testing import assert_not_applied, check_pass
+
+EXPERTS, N, K = 3, 48, 64
+ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
+
+
+def through(quantize: Quantize) -> list:
+    passes = arrange((*PIPELINE, *lossy(Options(quantize=quantize))))
+    names = [describe(function).name for function in passes]
+    return passes[: names.index("quantize_experts") + 1]
+
+
+class Mixture(nn.Module):
+    """Experts kept as [E, N, K], or as [E, K, N]."""
+
+    def __init__(self, transposed: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.randn(EXPERTS, *((K, N) if transposed else (N, K))).to(dtype))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        experts = self.weight if self.transposed else self.weight.transpose(-2, -1)
+        return torch.ops.transformers.grouped_mm_fallback(x, experts, ends)
+
+
+def expected(model: Mixture, x: Tensor, ends: Tensor, scheme: str) -> Tensor:
+    how, start, parts = schemes.named(scheme), 0, []
+    for expert, end in zip(model.weight, ends.tolist(), strict=True):
+        packed = how.pack(expert.mT if model.transposed else expert)
+        parts.append(operations.quantized_linear(x[start:end], packed, None, scheme))
+        start = end
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - start, N)])
+
+
+def compiled(model: nn.Module, target: str = "reference", **quantize: Any) -> Any:
+    return torch.compile(model, backend=backend, options={"quantize": Quantize(**quantize), "target": target})
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("scheme", ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic"))
+def test_experts_are_packed(scheme: str, transposed: bool) -> None:
+    model, x = Mixture(transposed), torch.randn(6, K)
+    check_pass(through(Quantize(scheme)), model, [x, ENDS], count=1)
+    run = compiled(model, scheme=scheme)
+    for _ in range(2):
+        with torch.no_grad():
+            want = expected(model, x, ENDS, schemes.canonical(scheme))
+            torch.testing.assert_close(run(x, ENDS), want, rtol=1e-5, atol=1e-5)
+            model.weight.mul_(-2)
+
+
+@pytest.mark.usefixtures("cpp_library")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("ends", ([0, 0, 0], [6, 6, 6], [1, 4, 6], [0, 1, 1]))
+@pytest.mark.parametrize("scheme", ("int8-g64", "int4-g32", "int8"))
+def test_kernel_multiplies_each_row_with_its_expert(scheme: str, ends: list[int], dtype: torch.dtype) -> None:
+    x, packed = torch.randn(6, K).to(dtype), schemes.named(scheme).pack(torch.randn(EXPERTS * N, K))
+    last = torch.tensor(ends)
+    got = torch.ops.graphopt_cpp.quantized_grouped_linear(x, packed, last, scheme)
+    want = operations.quantized_grouped_linear(x.float(), packed, last, scheme).to(dtype)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=0.2 if dtype == torch.bfloat16 else 1e-3)
+    with pytest.raises(IndexError, match="must rise"):
+        torch.ops.graphopt_cpp.quantized_grouped_linear(x, packed, torch.tensor([4, 2, 6]), scheme)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_any_division_of_the_rows(counts: list[int], behind: int) -> None:
+    ends = torch.tensor(counts).cumsum(0)
+    x, weights = torch.randn(int(ends[-1]) + behind, K), torch.randn(len(counts), 8, K)
+    packed = operations.quantize_weight(weights, "int8-g64")
+    rows = zip(weights, x.split([*counts, behind]), strict=False)
+    apart = []
+    for weight, mine in rows:
+        own = operations.quantize_weight(weight, "int8-g64")
+        apart.append(operations.quantized_linear(mine, own, None, "int8-g64"))
+    want = torch.cat([*apart, torch.zeros(behind, 8)])
+    torch.testing.assert_close(operations.quantized_grouped_linear(x, packed, ends, "int8-g64"), want)
+
+
+@pytest.mark.parametrize("target", ("reference", "cpu"))
+def test_a_mixtral_answers_within_the_error_of_its_scheme(target: str) -> None:
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    run = compiled(model, target, scheme="int8")
+    with torch.no_grad():
+        for length in (7, 5):
+            ids = torch.arange(length)[None] + 3
+            want = model(input_ids=ids).logits
+            assert (run(input_ids=ids).logits - want).norm() < 0.02 * want.norm()
+
+
+def test_brain_floats_go_by_the_grouped_product_of_torch() -> None:
+    class Grouped(Mixture):
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch._grouped_mm(x, self.weight.transpose(-2, -1), ends)
+
+    check_pass(through(Quantize("int8")), Grouped(dtype=torch.bfloat16), [torch.randn(5, K).bfloat16(), ENDS], count=1)
+
+
+def assert_refused(model: nn.Module, inputs: list[Tensor], reason: str, **quantize: Any) -> None:
+    assert_not_applied(through(Quantize(**{"scheme": "int8", **quantize})), model, inputs, reason=reason)
+
+
+def test_refuses_experts_that_are_skipped() -> None:
+    assert_refused(Mixture(), [torch.randn(5, K), ENDS], "skip", skip="weight")
+
+
+def test_refuses_experts_computed_in_the_graph() -> None:
+    class Computed(Mixture):
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch.ops.transformers.grouped_mm_fallback(x, self.weight.tanh().transpose(-2, -1), ends)
+
+    assert_refused(Computed(), [torch.randn(5, K), ENDS], "computed in the graph")
+
+
+def test_refuses_a_part_of_the_experts() -> None:
+    class Part(Mixture):
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch.ops.transformers.grouped_mm_fallback(x, self.weight[:, :32].transpose(-2, -1), ends)
+
+    assert_refused(Part(), [torch.randn(5, K), ENDS], "view of a part")
+
+
+def test_refuses_experts_that_are_not_finite() -> None:
+    model = Mixture()
+    with torch.no_grad():
+        model.weight[1, 2, 3] = float("inf")
+    assert_refused(model, [torch.randn(5, K), ENDS], "infinities")
+
+
+def test_refuses_experts_that_would_not_become_smaller() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 4, 1))
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch.ops.transformers.grouped_mm_fallback(x, self.weight.transpose(-2, -1), ends)
+
+    assert_refused(Narrow(), [torch.randn(5, 1), torch.tensor([2, 5])], "instead of")
+
+
+def test_refuses_products_of_another_form() -> None:
+    class Batched(Mixture):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch._grouped_mm(x, self.weight.transpose(-2, -1))
+
+    model = Batched(dtype=torch.bfloat16)
+    assert_refused(model, [torch.randn(EXPERTS, 5, K).bfloat16()], "no product of rows")
