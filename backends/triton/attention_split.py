@@ -15,7 +15,7 @@ from torch.fx import Node
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region
-from graphopt.backends.triton.source import Kernel, pointer_type, power_of_two, provenance, signature
+from graphopt.backends.triton.source import Kernel, pointer_type, power_of_two, provenance, prune, signature, widened
 
 SPLIT_KEYS = 256
 """Keys of a run: their bytes are fifty times those of the sums that a run leaves for one row."""
@@ -42,6 +42,7 @@ def merge_kernel(region: Region, result: Node, keys: sympy.Expr, nan_rows: bool)
     kept = f"(e < {count})"
     empty = "float('nan')" if nan_rows else "0"
     body = [
+        *widened(list(region.parameters)),
         "row = tl.program_id(0).to(INDEX)",
         f"runs = tl.cdiv({text_of(keys)}, {SPLIT_KEYS})",
         f"b = row // {text_of(heads * queries, True)}",
@@ -72,7 +73,7 @@ def merge_kernel(region: Region, result: Node, keys: sympy.Expr, nan_rows: bool)
     sizes = tuple(region.parameters.items())
     pointers = ("parts", "out0")
     first = signature(pointers, list(region.parameters), constants)
-    text = "\n".join([first, *(f"    {line}" for line in body)]) + "\n"
+    text = "\n".join([first, *(f"    {line}" for line in prune(body))]) + "\n"
     return Kernel(
         kind="attention_merge",
         body=text,

@@ -18,7 +18,16 @@ from graphopt.backends.triton.matmul_split import split as split_product
 from graphopt.backends.triton.reduction_split import split as split_rows
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection
-from graphopt.backends.triton.source import Kernel, Scratch, pointer_to, pointer_type, provenance, prune, signature
+from graphopt.backends.triton.source import (
+    Kernel,
+    Scratch,
+    pointer_to,
+    pointer_type,
+    provenance,
+    prune,
+    signature,
+    widened,
+)
 
 
 class Section(Protocol):
@@ -90,7 +99,7 @@ def _chain(region: Region, steps: Sequence[tuple[str, Sequence[Section]]], scrat
 
 def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: Sequence[Scratch] = ()) -> Kernel:
     """A kernel of sections; one of several for its region takes only the memory that its lines name."""
-    body: list[str] = ["program = tl.program_id(0)"]
+    body: list[str] = [*widened(list(region.parameters)), "program = tl.program_id(0)"]
     grid: list[str] = []
     for number, section in enumerate(sections):
         last = number == len(sections) - 1

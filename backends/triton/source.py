@@ -134,6 +134,11 @@ def signature(pointers: Sequence[str], sizes: Sequence[sympy.Symbol], constants:
     return f"({', '.join(names + fixed)}):"
 
 
+def widened(sizes: Sequence[sympy.Symbol]) -> list[str]:
+    """Lines that give sizes the type of indices: Triton passes each in 32 bits if it fits, and products wrap."""
+    return [f"{size.name} = tl.full([], {size.name}, INDEX)" for size in sizes]
+
+
 def prune(lines: Sequence[str]) -> list[str]:
     """The lines without assignments to variables that nothing reads."""
     kept = list(lines)

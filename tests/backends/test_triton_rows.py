@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt.backends.triton.interpret import launch
 from tests.backends.graphs import run
 
 bf16 = torch.bfloat16
@@ -187,3 +189,14 @@ def test_norm_and_residual_of_any_shape(rows: int, columns: int, dtype: torch.dt
         return a + b, rms_norm(a + b, c)
 
     assert_agrees(function, x, y, w, rtol=1e-5 if dtype == torch.float32 else 1.6e-2)
+
+
+def test_sizes_whose_product_is_wide_do_not_wrap() -> None:
+    """The first program of a kernel over 65536 x 65536 elements; its mask once was a product of 32 bits."""
+    x = torch.randn(1024)
+    _, compiled = run(lambda a: a * 2, torch.randn(5, 7), dynamic=True)
+    kernel = compiled[0].kernels["kernel_0_rows"]
+    for size, index in ((65_536, tl.int64), (40, tl.int32)):
+        out = torch.zeros(1024)
+        launch(compiled[0].namespace["kernel_0_rows"], 1, x, out, size, size, **kernel.constants, INDEX=index)
+        assert out.equal(x * 2)
