@@ -6,6 +6,7 @@ have to be set before triton is first imported. Instead a kernel that was decora
 
 * a call of a jitted function (Triton's own `tl.sum`, or a helper of the file) runs its Python body;
 * the functions of libdevice, which the interpreter cannot run, are computed by the torch function of the same meaning;
+* a number that a loop runs to is taken from an array of one element (Triton 3.6 asks numpy to, and newer ones refuse);
 * what Triton 3.9's interpreter gets silently wrong is put right: a cast to bfloat16 truncates instead of rounding to
   nearest, a cast from an integer to bfloat16 and `tl.dot` of bfloat16 operands compute on the raw bits, and the result
   of a comparison keeps its operands' type.
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
@@ -65,6 +67,7 @@ def _computed(function: Callable[..., torch.Tensor]) -> Callable[..., tl.tensor]
 
 
 _cast = InterpreterBuilder.cast_impl
+_tensor = interpreter._patch_lang_tensor
 _dot = InterpreterBuilder.create_dot
 _binary = InterpreterBuilder.binary_op
 
@@ -101,6 +104,11 @@ def _right_dot(
     return _dot(self, *wide, d, *precision)
 
 
+def _right_tensor(tensor: Any, *rest: Any) -> None:
+    _tensor(tensor, *rest)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
 @contextlib.contextmanager
 def _interpreter() -> Iterator[None]:
     saved = {name: getattr(libdevice, name) for name in _MEANINGS}
@@ -111,12 +119,14 @@ def _interpreter() -> Iterator[None]:
                 setattr(libdevice, name, _computed(function))
             InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _right_cast, _right_dot
             InterpreterBuilder.binary_op = _right_binary
+            interpreter._patch_lang_tensor = _right_tensor
             JITFunction.__call__ = lambda self, *args, **kwargs: self.fn(*args, **kwargs)
             yield
         finally:
             JITFunction.__call__ = call
             InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot
             InterpreterBuilder.binary_op = _binary
+            interpreter._patch_lang_tensor = _tensor
             for name, function in saved.items():
                 setattr(libdevice, name, function)
 
