@@ -150,6 +150,13 @@ def test_independent_elementwise_regions_of_one_source_share_a_launch() -> None:
         "exp", "mul"]
 
 
+def test_reductions_over_the_same_rows_of_one_tensor_are_one_region() -> None:
+    x = torch.randn(4, 6)
+    assert len(regions(lambda x: (x.amax(-1), x.argmax(-1), (x * x).sum(-1)), x)) == 1
+    assert len(regions(lambda x: (x.amax(-1), x.amax(0)), x)) == 2
+    assert len(regions(lambda x, y: (x.amax(-1), y.amax(-1)), x, torch.randn(4, 6))) == 2
+
+
 def test_symbolic_sizes_are_not_specialised() -> None:
     kept: list[GraphModule] = []
 
