@@ -103,6 +103,14 @@ def test_what_triton_specialises_on_is_another_kernel(what: str, kernel: Kernel)
     assert [len(compiled.calls) for compiled in kernel.compiled.values()] == [1, 1]
 
 
+def test_it_matters_which_address_is_not_aligned(kernel: Kernel) -> None:
+    launcher, whole, part = Launcher(active=driver()), torch.randn(64), torch.randn(65)[1:]
+    for _ in range(2):
+        for first, second in ((whole, part), (part, whole), (part, part)):
+            launcher(kernel, 1, first, second, 32, BLOCK=1, INDEX=2)
+    assert len(kernel.compiled) == kernel.launched == 3
+
+
 def test_equal_specialisations_share_a_kernel(kernel: Kernel) -> None:
     launcher = Launcher(active=driver())
     for size in (32, 48, 1600, -16):
