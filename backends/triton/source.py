@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt import edit
+from graphopt import cost, edit
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.region import Region
 from graphopt.runtime.autotune import Config
@@ -99,7 +99,7 @@ def harmless(text: str) -> str:
 
 
 def provenance(region: Region) -> tuple[str, ...]:
-    """Comment lines: the operators of a region, the passes that made them, and the model's source lines."""
+    """Comment lines: a region's operators, the passes that made them, the model's source lines, shapes and bytes."""
     nodes = [n for n in region.graph_module.graph.nodes if n.op == "call_function"]
     operators = [str(getattr(n.target, "overloadpacket", n.target)).rsplit(".", 1)[-1] for n in nodes]
     passes = {p.pass_name: None for n in nodes if (p := n.meta.get("graphopt")) is not None and hasattr(p, "pass_name")}
@@ -112,6 +112,8 @@ def provenance(region: Region) -> tuple[str, ...]:
         for place, node in enumerate(group):
             shape = ", ".join(str(s) for s in region.sizes(node))
             comment.append(harmless(f"{label}{place}: {str(node.meta['val'].dtype).removeprefix('torch.')} [{shape}]"))
+    moved = cost.region_cost(region.graph_module).bytes
+    comment.append(harmless(f"bytes of the region: {moved.xreplace({v: k for k, v in region.parameters.items()})}"))
     return tuple(comment)
 
 
