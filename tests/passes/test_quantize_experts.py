@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations import moe as moe  # registers transformers::grouped_mm_fallback
 
-from graphopt import Quantize
+from graphopt import Quantize, load_quantized, save_quantized
 from graphopt.backend import graphopt as backend
 from graphopt.options import Options
 from graphopt.passes import PIPELINE, lossy
 from graphopt.pipeline import arrange, describe
 from graphopt.quantization import operations, schemes
+from graphopt.runtime import packs
 from graphopt.testing import assert_not_applied, check_pass
 
 EXPERTS, N, K = 3, 48, 64
@@ -111,6 +113,19 @@ def test_a_mixtral_answers_within_the_error_of_its_scheme(target: str) -> None:
             ids = torch.arange(length)[None] + 3
             want = model(input_ids=ids).logits
             assert (run(input_ids=ids).logits - want).norm() < 0.02 * want.norm()
+
+
+def test_saved_experts_are_not_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Mixture(transposed=True), torch.randn(6, K)
+    with torch.no_grad():
+        answer = compiled(model, scheme="int4")(x, ENDS)
+        save_quantized(model, tmp_path, "int4")
+        packs.refresh()
+        torch._dynamo.reset()
+        quantize = load_quantized(model, tmp_path)
+        monkeypatch.setattr(schemes.Scheme, "pack", None)
+        run = torch.compile(model, backend=backend, options={"quantize": quantize, "target": "reference"})
+        assert torch.equal(run(x, ENDS), answer)
 
 
 def test_brain_floats_go_by_the_grouped_product_of_torch() -> None:
