@@ -30,8 +30,9 @@ class Options:
 
     mode: how much compile time to spend: "default"; "reduce-overhead" records CUDA graphs; "max-autotune" also times
         configurations of kernels; "max-autotune-no-cudagraphs" only times them.
-    target: where the graph is lowered to; "auto" takes "triton" for CUDA/ROCm tensors and "cpu" otherwise;
-        "inductor" uses no kernel of graphopt's own; "reference" runs every operation by its meaning.
+    target: where the graph is lowered to; "auto" takes "cpu" for tensors on the CPU and "inductor", which uses no
+        kernel of graphopt's own, for others; "triton" generates the kernels of a GPU; "reference" runs every operation
+        by its meaning.
     quantize: how weights are quantised: a scheme's name ("int8", "int4", ...) or a `graphopt.Quantize`; None does not.
     prune_heads: which heads and channels may be left out although they are alive: a `graphopt.PruneHeads`; None: none.
     prune: what else may be left out: "2:4" or a `graphopt.Sparsify` (two of each four weights), a

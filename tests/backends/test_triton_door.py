@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphopt
+from graphopt import backends
 from graphopt.testing import check_model
 
 
@@ -25,6 +27,14 @@ def test_generate_with_a_growing_cache_gives_eager_tokens() -> None:
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)
     model.compile(backend="graphopt", options={"target": "triton"})
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_auto_leaves_gpus_to_inductor() -> None:
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, device="cuda:0")
+    assert backends.resolve("auto", [3, on_gpu]) == "inductor"
+    assert backends.resolve("auto", [3, torch.empty(2)]) == "cpu"
+    assert backends.resolve("triton", [torch.empty(2)]) == "triton"
 
 
 def test_report_names_kernels_and_what_was_left_to_torch() -> None:
