@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,14 +68,17 @@ def _generate(model: Any, generates: bool, length: int) -> list[tuple[str, Compi
     from graphopt.backends.triton.compile import compile_graph
     from graphopt.capture import GraphInfo, capture
     from graphopt.options import Options
-    from graphopt.runtime import cache
+    from graphopt.runtime import cache, prologue
 
     options = Options(target="triton")
     found: list[CompiledGraph] = []
 
     def compile_captured(graph_module: torch.fx.GraphModule, fake: Sequence[Any], info: GraphInfo) -> Any:
         pipeline.run(graph_module, backend.arranged(options, "triton"), options)
-        found.append(compile_graph(graph_module, interpret=True))
+        # What is done at call time (reserving room in caches) is no part of the program, as in the target itself.
+        generated = torch.fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        prologue.hoist(generated, fake)
+        found.append(compile_graph(generated, interpret=True))
         return reference.compile_graph(graph_module, fake, info, options).artifact
 
     def backend_of_command(dynamo_graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
