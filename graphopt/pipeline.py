@@ -159,6 +159,9 @@ def _position(placed: Sequence[Callable[..., int]], declared: PassInfo, stages: 
 
     low = span(declared.after)[1] if declared.after else 0
     high = span(declared.before)[0] if declared.before else len(placed)
+    # Of several that want to follow one pass the first stays the first.
+    while declared.after and low < high and describe(placed[low]).after == declared.after:
+        low += 1
     if low > high:
         raise OptionError(
             f"pass {declared.name!r} cannot run after {declared.after!r} and before {declared.before!r}:"

@@ -39,6 +39,14 @@ def test_chains_whatever_the_order_they_are_given_in(where: str) -> None:
     assert order(a, b, c) == order(b, a, c) == order(c, b, a) == want
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_those_that_name_one_pass_stay_as_given(where: str) -> None:
+    named_by_all, *others = named("x"), *(named(name, **{where: "x"}) for name in "abc")
+    once = pipeline.arrange([named_by_all, *others])
+    want = ["a", "b", "c", "x"] if where == "before" else ["x", "a", "b", "c"]
+    assert [pipeline.describe(function).name for function in once] == order(*once) == want
+
+
 def test_before_and_after_name_stages_too() -> None:
     given = named("a", before="recognize"), named("b", stage="recognize"), named("c", after="recognize")
     assert order(*given) == ["a", "b", "c"]

@@ -30,7 +30,7 @@ INT8 = Quantize("int8")
 _PRODUCTS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
-@graph_pass(exactness="lossy", stage="quantize", training=False, after="quantize_linears")
+@graph_pass(exactness="lossy", stage="quantize", training=False, after="quantize_embeddings")
 def quantize_experts(graph_module: fx.GraphModule, *, quantize: Quantize = INT8) -> int:
     """Replace grouped products with weights by `graphopt.quantized_grouped_linear` where the options ask for it."""
     count = 0

@@ -90,6 +90,7 @@ def test_with_kernels_each_dialect_operation_has_one() -> None:
         "cpp.parallel_linear",
         "cpp.quantized_linear",
         "cpp.parallel_quantized_linear",
+        "cpp.quantized_grouped_linear",
         "cpp.quantized_embedding",
         "cpp.attention",
         "cpp.attention_quantized",
