@@ -145,6 +145,7 @@ def test_a_source_that_does_not_compile_is_a_reason_with_the_compilers_words(tin
     assert "error" in reason
 
 
+@pytest.mark.usefixtures("cpp_library")  # the sources here register no operators
 def test_an_instruction_set_the_compiler_does_not_know_gives_way_to_the_next(
     tiny_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_an_instruction_set_the_compiler_does_not_know_gives_way_to_the_next(
     assert [name.split("-")[0] for name in loaded] == ["operators", "plain"]
 
 
+@pytest.mark.usefixtures("cpp_library")  # the sources here register no operators
 def test_without_any_table_there_is_a_reason(tiny_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_compiler()
     unknown = isa.InstructionSet("avx9", ("-mno-such-set",), frozenset())
