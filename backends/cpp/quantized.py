@@ -66,20 +66,22 @@ def _linear(node: fx.Node) -> str | None:
 
 def _grouped(node: fx.Node) -> str | None:
     given = arguments(node)
-    ends = given["ends"].meta["val"]
-    if ends.device.type != "cpu" or ends.dtype not in (torch.int32, torch.int64):
-        return f"ends of {operands.name(ends.dtype)} on {ends.device.type}"
-    return unsupported_reason(given["x"].meta["val"], _values(given["packed"]), [], given["scheme"])
+    unfit = unsupported_reason(given["x"].meta["val"], _values(given["packed"]), [], given["scheme"])
+    return _no_places(given["ends"]) or unfit
 
 
 def _embedding(node: fx.Node) -> str | None:
     given = arguments(node)
     if given["dtype"] not in operands.DTYPES:
         return f"dtype {operands.name(given['dtype'])} is none of {', '.join(map(operands.name, operands.DTYPES))}"
-    indices = given["indices"].meta["val"]
-    if indices.device.type != "cpu" or indices.dtype not in (torch.int32, torch.int64):
-        return f"indices of {operands.name(indices.dtype)} on {indices.device.type}"
-    return _unfit(_values(given["packed"]), given["scheme"])
+    return _no_places(given["indices"]) or _unfit(_values(given["packed"]), given["scheme"])
+
+
+def _no_places(node: fx.Node) -> str | None:
+    places = node.meta["val"]
+    if places.device.type != "cpu" or places.dtype not in (torch.int32, torch.int64):
+        return f"places of {operands.name(places.dtype)} on {places.device.type}"
+    return None
 
 
 def _values(nodes: Sequence[fx.Node]) -> list[Tensor]:

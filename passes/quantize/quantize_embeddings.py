@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import capture, edit, views
+from graphopt import edit, views
+from graphopt.passes.quantize import packable
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan, schemes
 from graphopt.quantization.names import weight_name
-from graphopt.quantization.release import is_released
 from graphopt.quantize_options import Quantize
 
 aten = torch.ops.aten
@@ -68,19 +68,6 @@ def _tied_scheme(table: fx.Node) -> tuple[schemes.Scheme, str] | None:
 
 
 def _why_not(table: fx.Node, scheme: schemes.Scheme | None) -> str:
-    value = table.meta["val"]
-    if table.op != "placeholder" or not views.is_constant_input(table):
-        return "the table is computed in the graph or an argument of the call"
-    if value.dim() != 2 or not value.dtype.is_floating_point or value.element_size() < 2:
-        return f"the table is kept in {value.dtype} with {value.dim()} dimensions"
-    if any(not isinstance(size, int) for size in value.shape) or value.numel() == 0:
-        return "the table has a symbolic size or no elements"
-    if scheme is None:
-        return ""
-    before, after = value.numel() * value.element_size(), scheme.nbytes(*value.shape)
-    if after >= before:
-        return f"as {scheme.name} it would take {after} bytes instead of {before}"
-    tensor = capture.weight_tensor(table)
-    if tensor is not None and not is_released(tensor) and not scheme.can_pack(tensor):
-        return f"the table holds infinities, NaN or values too large for {scheme.name}"
-    return ""
+    if table.meta["val"].dim() != 2 or table is not views.root(table):
+        return "the table is not a parameter [V, D] as it is kept"
+    return packable.why_not(table, scheme)

@@ -21,10 +21,10 @@ import torch
 from torch import fx
 
 from graphopt import capture, edit, ops, views
+from graphopt.passes.quantize import packable
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan, rounding
 from graphopt.quantization.names import weight_name
-from graphopt.quantization.release import is_released
 from graphopt.quantization.schemes import Scheme
 from graphopt.quantize_options import Quantize
 
@@ -45,7 +45,7 @@ def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
         x, weight, *bias = _arguments(node)
         name = _name(weight)
         scheme, reason = plan.choose(quantize, name, node in heads, assigned)
-        reason = reason or _why_not(weight, scheme)
+        reason = reason or packable.why_not(weight, scheme)
         if scheme is None or reason:
             edit.refuse(node, f"{name}: {reason}" if name else reason)
             continue
@@ -54,7 +54,7 @@ def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
             edit.refuse(node, f"{name}: the calibration has not seen it, so it gets the nearest codes")
         shares = calibrated and quantize.rounding in rounding.SCALED and all(n.op == "placeholder" for n in bias)
         alone = () if shares else (node,)
-        groups.setdefault((x, scheme, _is_transposed(weight), calibrated, *alone), []).append(node)
+        groups.setdefault((x, scheme, packable.is_turned(weight), calibrated, *alone), []).append(node)
     return sum(_rewrite(graph_module, group, key[1], quantize, key[3]) for key, group in groups.items())
 
 
@@ -73,38 +73,9 @@ def _weights(linears: Sequence[fx.Node], heads: set[fx.Node]) -> list[plan.Weigh
     for node in linears:
         weight = _arguments(node)[1]
         tensor = capture.weight_tensor(views.root(weight))
-        if tensor is not None and not _why_not(weight, None):
-            found[_name(weight)] = plan.Weight(_name(weight), tensor, _is_transposed(weight), node in heads)
+        if tensor is not None and not packable.why_not(weight, None):
+            found[_name(weight)] = plan.Weight(_name(weight), tensor, packable.is_turned(weight), node in heads)
     return list(found.values())
-
-
-def _why_not(weight: fx.Node, scheme: Scheme | None) -> str:
-    placeholder, value = views.root(weight), weight.meta["val"]
-    if not views.is_constant_input(weight):
-        return "the weight is computed in the graph or an argument of the call"
-    if weight is not placeholder and not _is_transposed(weight):
-        return "the weight is a view of a part of a parameter"
-    if not value.dtype.is_floating_point or value.element_size() < 2:
-        return f"the weight is kept in {value.dtype}"
-    if any(not isinstance(size, int) for size in value.shape):
-        return "the weight has a symbolic size"
-    rows, columns = value.shape
-    if rows * columns == 0:
-        return "the weight has no elements"
-    if scheme is None:
-        return ""
-    before, after = rows * columns * value.element_size(), scheme.nbytes(rows, columns)
-    if after >= before:
-        return f"as {scheme.name} it would take {after} bytes instead of {before}"
-    tensor = capture.weight_tensor(placeholder)
-    if tensor is not None and not is_released(tensor) and not scheme.can_pack(tensor):
-        return f"the weight holds infinities, NaN or values too large for {scheme.name}"
-    return ""
-
-
-def _is_transposed(weight: fx.Node) -> bool:
-    """Whether the node is the plain transpose of a parameter (a weight kept as [K, N])."""
-    return weight.target is aten.permute.default and weight.args[0] is views.root(weight) and weight.args[1] == [1, 0]
 
 
 def _rewrite(
@@ -112,7 +83,7 @@ def _rewrite(
 ) -> int:
     """Rewrite linears of one input; only those that share a scale for its channels come together."""
     weights = [_arguments(node)[1] for node in group]
-    keywords: dict[str, Any] = {"transposed": True} if _is_transposed(weights[0]) else {}
+    keywords: dict[str, Any] = {"transposed": True} if packable.is_turned(weights[0]) else {}
     spelled = plan.spelled(quantize, _name(weights[0])) if calibrated else ""
     with edit.rewriting(graph_module, group[0]) as rewrite:
         x, scale = _arguments(group[0])[0], None

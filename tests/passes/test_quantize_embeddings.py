@@ -86,7 +86,7 @@ def test_refuses_a_table_computed_in_the_graph() -> None:
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return nn.functional.embedding(ids, self.table * 2)
 
-    assert_refused(Computed(), "the table is computed in the graph")
+    assert_refused(Computed(), "the weight is computed in the graph")
 
 
 def test_refuses_names_left_out_by_the_user() -> None:
@@ -101,4 +101,4 @@ def test_refuses_a_table_that_is_not_finite() -> None:
     model = nn.Embedding(20, 64)
     with torch.no_grad():
         model.weight[0, 0] = float("nan")
-    assert_refused(model, "the table holds infinities, NaN")
+    assert_refused(model, "the weight holds infinities, NaN")
