@@ -30,7 +30,6 @@ def cuda_graphs(
     updated: Sequence[int],
     outputs: int,
     device_index: int,
-    constants: Sequence[Any],
     placeholders: Sequence[Any],
 ) -> Callable[[list[Any]], Any]:
     """A boxed callable that runs `compiled` once, records it for each set of integers among the inputs, then replays.
@@ -47,7 +46,7 @@ def cuda_graphs(
         stack_traces=[None] * outputs,
         is_backward=False,
         is_inference=True,
-        constants=tuple(constants),
+        constants=(),
         placeholders=tuple(placeholders),
         mutated_input_idxs=tuple(updated),
     )

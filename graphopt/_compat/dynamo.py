@@ -65,13 +65,8 @@ def is_control_flow(error: BaseException) -> bool:
 
 
 def suggest_dynamic(tensor: torch.Tensor, dim: int) -> None:
-    """Let Dynamo treat the size of `dim` as a symbol from the first time it sees `tensor` (it may decline).
-
-    tensor: a new one, without marks. This is what `torch._dynamo.maybe_mark_dynamic` does, which takes 2 us: each
-    token has caches of all layers to mark.
-    """
-    tensor._dynamo_weak_dynamic_indices = {dim}  # type: ignore[attr-defined]
-    tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+    """Let Dynamo treat the size of `dim` as a symbol from the first time it sees `tensor` (it may decline)."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def prepare_dynamo() -> None:

@@ -41,7 +41,6 @@ class Recording:
             updated=self.updated,
             outputs=len(self.fresh),
             device_index=self.device_index,
-            constants=(),
             placeholders=self.placeholders,
         )
         return lambda inputs: copies(replayed(inputs), self.fresh)

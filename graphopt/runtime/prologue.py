@@ -113,7 +113,13 @@ class Prologue:
         current = kept is not None and kept[0].holds(weights)
         values += kept[1] if kept is not None and current else [None] * len(self.steps)
         for number in packing.others if current else range(len(self.steps)):
-            values[count + number] = self._run[number](values)
+            step = self.steps[number]
+            args = [
+                values[argument.index] if type(argument) is Input else _resolve(argument, values)
+                for argument in step.args
+            ]
+            kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
+            values[count + number] = _function_of(step)(*args, **kwargs)
         if packing.steps and not current:
             results = [values[count + number] if number in packing.steps else None for number in range(len(self.steps))]
             pages.enlarge(tree_leaves(results))
@@ -122,11 +128,6 @@ class Prologue:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps": self.steps, "results": self.results, "epilogue": self.epilogue}
-
-    @functools.cached_property
-    def _run(self) -> list[Callable[[list[Any]], Any]]:
-        """Each step as a function of the values so far."""
-        return [_runner(step) for step in self.steps]
 
     @functools.cached_property
     def _kept(self) -> dict[str, tuple[packs.Snapshot, list[Any]]]:
@@ -150,16 +151,8 @@ class Prologue:
         return found
 
 
-def _runner(step: Step) -> Callable[[list[Any]], Any]:
-    function = _call_time.get(step.function) or _ARITHMETIC[step.function]
-    args, kwargs = step.args, dict(step.kwargs)
-    if not kwargs and args and isinstance(args[0], Input) and not list(_inputs_of(args[1:])):
-        first, rest = args[0].index, _resolve(args[1:], [])  # the commonest form: a cache, and constants
-        return lambda values: function(values[first], *rest)
-    return lambda values: function(
-        *[_resolve(argument, values) for argument in args],
-        **{name: _resolve(argument, values) for name, argument in kwargs.items()},
-    )
+def _function_of(step: Step) -> Callable[..., Any]:
+    return _call_time.get(step.function) or _ARITHMETIC[step.function]
 
 
 def _inputs_of(argument: Any) -> Iterator[int]:

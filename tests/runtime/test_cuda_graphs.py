@@ -106,7 +106,7 @@ def test_torchs_machinery_is_told_all_it_needs() -> None:
 def test_the_machinery_takes_these_arguments() -> None:
     """Of the torch that is installed: its function is made, and only a GPU is missing."""
     call = _compat.cuda_graphs(
-        lambda inputs: inputs, static=(), updated=(), outputs=1, device_index=0, constants=(), placeholders=()
+        lambda inputs: inputs, static=(), updated=(), outputs=1, device_index=0, placeholders=()
     )
     if not torch.cuda.is_available():
         with pytest.raises((RuntimeError, AssertionError), match="(?i)cuda|nvidia"):

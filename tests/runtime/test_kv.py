@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt import _compat, counters, ops
+from graphopt import counters, ops
 from graphopt.runtime import kv
 
 B, H, D = 2, 3, 4
@@ -269,11 +269,3 @@ def test_caches_always_hold_what_concatenation_would(steps: list[tuple[str, int]
             caches[place] = cache.index_select(0, order), expected.index_select(0, order)
         del cache, expected
         assert all(torch.equal(held, should) for held, should in caches)
-
-
-def test_lengths_are_marked_as_torch_marks_them() -> None:
-    marked = torch.empty(2, 3)
-    torch._dynamo.maybe_mark_dynamic(marked, 1)
-    made = torch.empty(2, 3)
-    _compat.suggest_dynamic(made, 1)
-    assert vars(made) == vars(marked)
