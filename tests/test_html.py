@@ -49,6 +49,7 @@ def evil() -> Report:
     shots = (*graph.study.snapshots, Snapshot(EVIL, (Line(EVIL, EVIL, EVIL, EVIL),)))
     graph.study = dataclasses.replace(graph.study, snapshots=shots)
     graph.fall_back(EVIL, EVIL)
+    graph.notes.append(EVIL)
     return Report([graph], [EVIL], [EVIL], "H100")
 
 
@@ -114,6 +115,11 @@ def test_changes_lead_from_each_snapshot_to_the_next() -> None:
 def test_a_report_without_a_study_has_a_page_too() -> None:
     bare = Report([dataclasses.replace(report().graphs[0], study=None, kernels=[])])
     assert "No code was generated" in render(bare, "bare")
+
+
+def test_a_page_says_what_the_graph_notes() -> None:
+    noted = Report([dataclasses.replace(report().graphs[0], notes=["recorded as a CUDA graph"])])
+    assert "recorded as a CUDA graph" in render(noted, "noted")
 
 
 def test_bars_share_one_scale_and_leave_nothing_out() -> None:
