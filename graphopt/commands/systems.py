@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 from typing import Any
 
 from graphopt.commands.models import NotInstalledError
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, nearest
 from graphopt.options import Options
 
 TORCHAO_INSTALL = "python -m pip install torchao"
@@ -69,9 +68,7 @@ def parse_systems(text: str) -> list[System]:
 def _parse(name: str) -> System:
     kind, *settings = name.split(":")
     if kind not in KNOWN:
-        near = difflib.get_close_matches(kind, KNOWN, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise OptionError(f"unknown system {kind!r}{hint}; known are {', '.join(KNOWN)}")
+        raise OptionError(f"unknown system {kind!r}{nearest(kind, KNOWN)}; known are {', '.join(KNOWN)}")
     system = KNOWN[kind]
     if system.int8_weights and importlib.util.find_spec("torchao") is None:
         raise NotInstalledError(
