@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.fx import GraphModule
 
 from graphopt.backends.triton import matmul_split
 from graphopt.backends.triton.check import TARGETS, resources
@@ -19,6 +18,7 @@ from graphopt.backends.triton.compile import CompiledGraph
 from graphopt.backends.triton.program import write
 from graphopt.backends.triton.source import Kernel
 from graphopt.passes.fuse.form_regions import form_regions
+from graphopt.testing.traced import trace
 from tests.backends.graphs import run
 from tests.backends.test_triton_matmul import fuse
 from tests.backends.test_triton_rows import rms_norm
@@ -54,16 +54,11 @@ def with_sizes(compiled: CompiledGraph, *tensors: torch.Tensor) -> list[Any]:
 
 def kernels_of(function: Callable[..., Any], *inputs: torch.Tensor) -> list[Kernel]:
     """The kernels that would be launched for inputs too large for the interpreter."""
-    kept: list[Kernel] = []
-
-    def prepare(graph_module: GraphModule) -> None:
-        fuse(graph_module)
-        kept.extend(write(graph_module).kernels.values())
-        raise NotImplementedError("not to be run")
-
-    with pytest.raises(Exception, match="not to be run"):
-        run(function, *inputs, prepare=prepare)
-    return kept
+    traced = trace(function, [])
+    with torch.no_grad():
+        traced(*inputs)
+    fuse(traced.graphs[0].before)
+    return list(write(traced.graphs[0].before).kernels.values())
 
 
 REDUCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
