@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from graphopt.errors import OptionError, nearest
 
 ROUNDINGS = ("nearest", "gptq", "awq", "smoothquant")
-SCHEMES = ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
+SCHEMES = ("int8", "int4", "q4_k", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
 GROUP_SIZES = {"int8": (0, 32, 64, 128), "int4": (32, 64, 128), "nf4": (32, 64, 128)}
 DEFAULT_GROUP_SIZE = {"int8": 64, "int4": 32, "nf4": 64}
 
@@ -31,8 +31,9 @@ class Quantize:
     """How weights are stored in the compiled program. The answers change: quantisation is never on by itself.
 
     scheme: "int8", "int4" and "nf4" (one scale for each group of a row), "fp8" (e4m3, one scale for each row), "mxfp4"
-        (e2m1 in groups of 32 with a power of two as scale); "int8-dynamic" and "fp8-dynamic" have one scale for each
-        row and round their inputs too, with one scale for each token.
+        (e2m1 in groups of 32 with a power of two as scale), "q4_k" (GGUF's: four bits in groups of 32, their scales and
+        minimums in six bits; 4.6 bits to a weight, where "int4" takes 5); "int8-dynamic" and "fp8-dynamic" have one
+        scale for each row and round their inputs too, with one scale for each token.
     group_size: 32, 64 or 128 for "int4" (default 32), "nf4" (default 64) and "int8" (default 64; 0 means the whole
         row, which has cost SmolLM2 five times as much perplexity for 3 % fewer bytes); None for the others.
     symmetric: "int4" only: codes stand for multiples of the scale around 0, else for steps above the group's
@@ -52,6 +53,7 @@ class Quantize:
         the root mean square of the relative errors of the layers' outputs (without a calibration: of the
         weights) stays below it; sensitive weights stay as they are.
     assigned: scheme by weight name, as `graphopt.plan` chose them ("" leaves a weight as it is).
+    reasons: for reports, why weights that are assigned "" stay as they are, by name; `graphopt.load_gguf` gives them.
     """
 
     scheme: str
@@ -65,6 +67,7 @@ class Quantize:
     rounding: str = "nearest"
     max_error: float | None = None
     assigned: tuple[tuple[str, str], ...] = ()
+    reasons: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("scheme", self.scheme, (*SCHEMES, "auto"))

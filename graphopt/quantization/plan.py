@@ -126,7 +126,8 @@ def choose(
         return schemes.named(schemes.canonical(quantize.lm_head)), ""
     if name in assigned:
         chosen = assigned[name]
-        return (schemes.named(chosen), "") if chosen else (None, "the plan leaves it as it is")
+        left = dict(quantize.reasons).get(name, "the plan leaves it as it is")
+        return (schemes.named(chosen), "") if chosen else (None, left)
     if quantize.scheme == "auto":
         return None, "the plan does not know it"
     asked = schemes.named(schemes.canonical(quantize.scheme, quantize.group_size, quantize.symmetric))

@@ -173,7 +173,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _options(path: Path, options: dict[str, Any]) -> Quantize:
     calibration = path / "calibration.safetensors"
-    given = {**options, "assigned": tuple((name, scheme) for name, scheme in options["assigned"])}
+    pairs = {field: tuple((name, text) for name, text in options.get(field, ())) for field in ("assigned", "reasons")}
+    given = {**options, **pairs}
     found = Calibration.load(calibration) if calibration.is_file() else None
     return Quantize(**given, calibration=found)
 
