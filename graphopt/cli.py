@@ -111,7 +111,7 @@ def explain(
 def quality(
     text: Annotated[Path, typer.Option(help="A text file; what the models are asked to predict.")],
     model: Annotated[str, _MODEL] = "smollm2",
-    schemes: Annotated[str, typer.Option(help="int8, int4, fp8, nf4, mxfp4, auto; with commas.")] = "int8,int4",
+    schemes: Annotated[str, typer.Option(help="int8, int4, q4_k, fp8, nf4, mxfp4, auto; with commas.")] = "int8,int4",
     dtype: Annotated[str, _DTYPE] = "float32",
     length: Annotated[int, typer.Option(help="Tokens that are predicted from one beginning.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are used at most.")] = 4096,

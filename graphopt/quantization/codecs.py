@@ -60,9 +60,13 @@ def half_down(value: Tensor) -> Tensor:
 
 
 def _divide(groups: Tensor, scale: Tensor) -> Tensor:
-    """Groups in units of their scale; a scale of 0 (a group of zeros) counts as 1."""
-    wide = scale.float()[..., None]
-    return groups / torch.where(wide == 0, 1.0, wide)
+    """Groups in units of their scale."""
+    return _in_units(groups, scale.float()[..., None])
+
+
+def _in_units(values: Tensor, unit: Tensor) -> Tensor:
+    # A unit of 0 (all values are zeros) counts as 1.
+    return values / torch.where(unit == 0, 1.0, unit)
 
 
 def _largest(groups: Tensor) -> Tensor:
@@ -194,6 +198,43 @@ def _mxfp4_step(parameters: Sequence[Tensor]) -> Tensor:
     return 2 * _mxfp4_scale(parameters)
 
 
+def _q4_k_parameters(groups: Tensor) -> list[Tensor]:
+    minimum, unit_of_minimums = _six_bits(-groups.amin(-1).clamp(max=0))
+    raised = groups.amax(-1) + minimum * unit_of_minimums.float()
+    scale, unit = _six_bits(raised / 15)
+    return [scale, minimum, unit, unit_of_minimums]
+
+
+def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values >= 0 [N, G], rounded up to 0..63 times a unit in float16 that eight of them share: counts and units."""
+    count = values.shape[1]
+    eights = torch.nn.functional.pad(values, (0, -count % 8)).unflatten(1, (-1, 8))
+    unit = half_up(eights.amax(-1, keepdim=True) / 63)
+    counts = _in_units(eights, unit.float()).ceil().clamp(max=63)
+    whole = counts.nan_to_num(nan=0.0).to(torch.uint8)
+    return whole.flatten(1)[:, :count], unit[..., 0].repeat_interleave(8, 1)[:, :count]
+
+
+def _q4_k_scale(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and minimum of each group; both products are exact in float32."""
+    scale, minimum, unit, unit_of_minimums = (part.float() for part in parameters)
+    return unit * scale, unit_of_minimums * minimum
+
+
+def _q4_k_encode(groups: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    scale, minimum = _q4_k_scale(parameters)
+    return _divide(groups + minimum[..., None], scale).round().clamp(0, 15).to(torch.uint8)
+
+
+def _q4_k_decode(codes: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    scale, minimum = _q4_k_scale(parameters)
+    return codes.float() * scale[..., None] - minimum[..., None]
+
+
+def _q4_k_step(parameters: Sequence[Tensor]) -> Tensor:
+    return _q4_k_scale(parameters)[0] / 2
+
+
 INT8: Codec = (_int8_parameters, _int8_encode, _scaled, _half_scale)
 INT8_HALF: Codec = (_int8_half_parameters, _int8_encode, _scaled, _half_scale)
 INT4: Codec = (_int4_parameters, _int4_encode, _int4_decode, _half_scale)
@@ -206,3 +247,4 @@ INT4_SYMMETRIC: Codec = (
 FP8: Codec = (_fp8_parameters, _fp8_encode, _scaled, _fp8_step)
 NF4: Codec = (_nf4_parameters, _nf4_encode, _nf4_decode, _nf4_step)
 MXFP4: Codec = (_mxfp4_parameters, _mxfp4_encode, _mxfp4_decode, _mxfp4_step)
+Q4_K: Codec = (_q4_k_parameters, _q4_k_encode, _q4_k_decode, _q4_k_step)

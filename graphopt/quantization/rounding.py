@@ -59,11 +59,11 @@ def gptq(weight: Tensor, scheme: Scheme, inputs: Inputs) -> list[Tensor]:
         for column in range(end - start):
             position = start + column
             group = position // size
-            if scheme.group and position % size == 0:
+            if scheme.group and position % scheme.span == 0:
                 # What earlier columns pushed here belongs to the group when its scale is chosen.
-                fresh = scheme.parameters(left[:, None, position : position + size])
+                fresh = scheme.parameters(left[:, position : position + scheme.span].unflatten(1, (-1, size)))
                 for part, chosen in zip(parameters, fresh, strict=True):
-                    part[:, group] = chosen[:, 0]
+                    part[:, group : group + chosen.shape[1]] = chosen
             own = [part[:, group : group + 1] for part in parameters]
             code = scheme.encode(block[:, column, None, None], own)
             codes[:, position] = code[:, 0, 0]

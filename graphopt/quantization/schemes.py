@@ -12,6 +12,7 @@ for. G is ceil(K / group). All tensors are contiguous and row-major, so that a k
     nf4-gB           uint8 [N, G * B / 2]    float16 [N, G]     -                  NF4[code] * scale
     mxfp4            uint8 [N, G * 16]       uint8 [N, G]       -                  E2M1[code] * 2**(scale - 127)
     int8-gB          int8 [N, G * B]         float16 [N, G]     -                  code * scale
+    q4_k             uint8 [N, G * 16]       uint8 [N, G]       uint8 [N, G]       code * (d * scale) - e * minimum
     int8-dynamic     as int8; x is rounded too: round(x / s) with s = max|x| / 127 of each of its rows
     fp8-dynamic      as fp8; x is rounded to e4m3 with s = max|x| / 448 of each of its rows
 
@@ -20,6 +21,10 @@ Four-bit codes: each run of 32 elements of a row takes 16 bytes; byte j holds el
 row's last element: a kernel must multiply them by zeros. E2M1 (OCP Microscaling 1.0): bit 3 is the sign, bits
 0-2 count through 0, 0.5, 1, 1.5, 2, 3, 4, 6. NF4 is the table of Dettmers et al., QLoRA, 2023. A group with
 an infinity or NaN becomes NaN as a whole.
+
+q4_k is GGUF's Q4_K: groups of 32, scale and minimum of six bits, and for each eight groups (256 elements) what these
+count in: packed[3], d, and packed[4], e, both float16 [N, ceil(G / 8)]. A byte for each count instead of six bits makes
+4.625 bits to a weight of GGUF's 4.5; int4-g32 takes 5.
 """
 
 from __future__ import annotations
@@ -45,7 +50,8 @@ class Scheme:
     parameters: groups [N, G, B] in float32 -> the parameters of each group, [N, G] each, as they are stored.
     encode: groups and parameters -> codes [N, G, B]. decode: codes and parameters -> float32 [N, G, B].
     step: parameters -> the largest |weight - decoded weight| that may occur in each group, [N, G] in float32.
-    dtype, parameter_dtypes: of the packed tensors.
+    dtype, parameter_dtypes: of the packed tensors. shared: how many neighbouring groups have one number of each
+    parameter, () if none do; the functions above see such numbers repeated for each group.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Scheme:
     dtype: torch.dtype
     parameter_dtypes: tuple[torch.dtype, ...]
     activations: str = ""
+    shared: tuple[int, ...] = ()
 
     def groups(self, weight: Tensor) -> Tensor:
         """The weight [N, K] in float32 as [N, G, B]; the last group is filled with the row's last element."""
@@ -78,7 +85,10 @@ class Scheme:
         """Codes [N, G, B] and parameters [N, G] as they lie in memory."""
         flat = codes.flatten(1)
         data = codecs.nibbles(flat) if self.bits == 4 else flat
-        return [data.contiguous(), *(part if self.group else part[:, 0].contiguous() for part in parameters)]
+        if not self.group:
+            return [data.contiguous(), *(part[:, 0].contiguous() for part in parameters)]
+        stored = zip(parameters, self._every, strict=True)
+        return [data.contiguous(), *(part[:, ::every].contiguous() for part, every in stored)]
 
     def load(self, packed: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Codes [N, G, B] and parameters [N, G] of packed tensors."""
@@ -86,7 +96,12 @@ class Scheme:
         flat = codecs.from_nibbles(data) if self.bits == 4 else data
         if not self.group:
             return flat[:, None], [part[:, None] for part in parameters]
-        return flat.unflatten(1, (flat.shape[1] // self.group, self.group)), parameters
+        count = flat.shape[1] // self.group
+        repeated = [
+            part[..., None].expand(*part.shape, every).flatten(1)[:, :count]
+            for part, every in zip(parameters, self._every, strict=True)
+        ]
+        return flat.unflatten(1, (count, self.group)), repeated
 
     def unpack(self, packed: Sequence[Tensor], columns: int) -> Tensor:
         """The weight [N, K] in float32 that packed tensors stand for; `columns` is K."""
@@ -104,7 +119,8 @@ class Scheme:
             return [((rows, columns), self.dtype), *(((rows,), dtype) for dtype in self.parameter_dtypes)]
         groups = -(-columns // self.group)
         data = (rows, groups * self.group * self.bits // 8), self.dtype
-        return [data, *(((rows, groups), dtype) for dtype in self.parameter_dtypes)]
+        sizes = zip(self._every, self.parameter_dtypes, strict=True)
+        return [data, *(((rows, -(-groups // every)), dtype) for every, dtype in sizes)]
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of a packed weight [rows, columns]."""
@@ -122,6 +138,15 @@ class Scheme:
         """How many tensors a packed weight is."""
         return 1 + len(self.parameter_dtypes)
 
+    @property
+    def span(self) -> int:
+        """How many columns have their parameters chosen together; 0 means a whole row."""
+        return self.group * max(self._every)
+
+    @property
+    def _every(self) -> tuple[int, ...]:
+        return self.shared or (1,) * len(self.parameter_dtypes)
+
 
 @functools.cache
 def named(name: str) -> Scheme:
@@ -135,7 +160,10 @@ def named(name: str) -> Scheme:
 @functools.cache
 def _by_name() -> dict[str, Scheme]:
     half, byte = torch.float16, torch.uint8
-    found = [Scheme("mxfp4", 4, 32, *codecs.MXFP4, byte, (byte,))]
+    found = [
+        Scheme("mxfp4", 4, 32, *codecs.MXFP4, byte, (byte,)),
+        Scheme("q4_k", 4, 32, *codecs.Q4_K, byte, (byte, byte, half, half), shared=(1, 1, 8, 8)),
+    ]
     for kind, codec, dtype in (("int8", codecs.INT8, torch.int8), ("fp8", codecs.FP8, torch.float8_e4m3fn)):
         found.append(Scheme(kind, 8, 0, *codec, dtype, (torch.float32,)))
         found.append(Scheme(f"{kind}-dynamic", 8, 0, *codec, dtype, (torch.float32,), kind))

@@ -25,6 +25,7 @@ SCHEMES = (
     "int4-g32",
     "int4-g64-sym",
     "int4-g128",
+    "q4_k",
     "fp8",
     "nf4-g64",
     "mxfp4",
@@ -52,7 +53,7 @@ def check(
     wide = None if bias is None else bias.double()
     expected = F.linear(rows, weight, wide)
     magnitude = F.linear(rows.abs(), weight.abs(), None if wide is None else wide.abs())
-    if scheme.startswith("int4"):  # offsets meet sums of x: sums of larger numbers than the products
+    if scheme.startswith(("int4", "q4_k")):  # offsets meet sums of x: sums of larger numbers than the products
         magnitude = magnitude + rows.abs().sum(-1, keepdim=True) * weight.abs().amax()
     eps = torch.finfo(x.dtype).eps
     many = x.numel() // x.shape[-1] > 4 and x.dtype == torch.bfloat16
@@ -71,7 +72,7 @@ def operands(m: int, n: int, k: int, dtype: torch.dtype, scheme: str) -> tuple[T
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_size(isa: str, scheme: str, dtype: torch.dtype) -> None:
     for n, k in ((1, 1), (5, 33), (67, 100), (70, 160), (33, 576)):
-        for m in (1, 2, 3, 5, 16, 64):
+        for m in (1, 2, 3, 5, 16, 17, 64):
             x, packed, bias = operands(m, n, k, dtype, scheme)
             check(kernels.quantized_linear(x, packed, bias, scheme), x, packed, bias, scheme)
     check(kernels.quantized_linear(x, packed, None, scheme), x, packed, None, scheme)
@@ -216,6 +217,8 @@ def test_look_ups_out_of_range_are_index_errors() -> None:
         ({"scheme": "int3"}, "no quantisation scheme 'int3'"),
         ({"scheme": "int4"}, "no quantisation scheme 'int4'"),
         ({"scheme": "int8-g32-dynamic"}, "no quantisation scheme"),
+        ({"scheme": "q4_k-g32"}, "no quantisation scheme"),
+        ({"scheme": "mxfp4-g32"}, "no quantisation scheme"),
         ({"x": torch.ones(2, 65)}, "packed codes of 65 columns must have 96 bytes in each row"),
         ({"x": torch.ones(2, 64).double()}, "dense floating-point tensor"),
         ({"bias": torch.ones(4)}, "the bias must be 3 contiguous values"),
@@ -230,6 +233,15 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, object], message:
     arguments = given | {"scheme": "int8-g32"} | change
     with pytest.raises(RuntimeError, match=re.escape(message)):
         kernels.quantized_linear(*arguments.values())
+
+
+def test_units_that_do_not_fit_are_refused() -> None:
+    codes, scale, minimum, unit, unit_of_minimums = schemes.named("q4_k").pack(torch.randn(3, 300))
+    assert unit.shape == (3, 2)
+    for unfit in (unit[:, :1], unit.float(), scale.half()):
+        packed = [codes, scale, minimum, unfit.contiguous(), unit_of_minimums]
+        with pytest.raises(RuntimeError, match="units must be Half with 2 numbers for each row"):
+            kernels.quantized_linear(torch.ones(2, 300), packed, None, "q4_k")
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones() -> None:

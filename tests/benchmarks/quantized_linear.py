@@ -22,7 +22,7 @@ from torch import Tensor
 from graphopt.backends import cpp
 from graphopt.quantization import schemes
 
-SCHEMES = ("int8", "int8-g64", "int4-g32", "int4-g64-sym", "nf4-g64", "mxfp4", "fp8", "int8-dynamic")
+SCHEMES = ("int8", "int8-g64", "int4-g32", "q4_k", "int4-g64-sym", "nf4-g64", "mxfp4", "fp8", "int8-dynamic")
 MEMORY_BYTES = 256 * 2**20
 kernels = torch.ops.graphopt_cpp
 Weight = list[Tensor]

@@ -35,7 +35,7 @@ class Speaker(nn.Module):
         return self.head(torch.tanh(self.embed(ids)))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "q4_k", "fp8", "nf4", "mxfp4", "int8-dynamic"])
 def test_a_table_is_packed(scheme: str) -> None:
     torch.manual_seed(0)
     model = nn.Embedding(50, 64)

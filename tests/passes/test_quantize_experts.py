@@ -59,7 +59,7 @@ def compiled(model: nn.Module, target: str = "reference", **quantize: Any) -> An
 
 
 @pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("scheme", ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic"))
+@pytest.mark.parametrize("scheme", ("int8", "int4", "q4_k", "fp8", "nf4", "mxfp4", "int8-dynamic"))
 def test_experts_are_packed(scheme: str, transposed: bool) -> None:
     model, x = Mixture(transposed), torch.randn(6, K)
     check_pass(through(Quantize(scheme)), model, [x, ENDS], count=1)

@@ -15,7 +15,7 @@ from graphopt.pipeline import arrange, describe
 from graphopt.quantization import operations, schemes
 from graphopt.testing import assert_not_applied, check_pass
 
-SCHEMES = ("int8", "int4", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
+SCHEMES = ("int8", "int4", "q4_k", "fp8", "nf4", "mxfp4", "int8-dynamic", "fp8-dynamic")
 
 
 def through(quantize: Quantize | str, last: str = "quantize_linears") -> list:

@@ -113,7 +113,7 @@ def test_a_name_is_found_by_its_end() -> None:
     assert found.find("weight") is None and found.find("") is None
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-sym", "nf4-g64", "mxfp4", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-sym", "nf4-g64", "mxfp4", "q4_k", "int8", "fp8"])
 def test_gptq_lowers_the_error_of_the_output(name: str, correlated: Inputs) -> None:
     torch.manual_seed(0)
     weight, scheme = torch.randn(40, 96), schemes.named(name)
@@ -123,7 +123,7 @@ def test_gptq_lowers_the_error_of_the_output(name: str, correlated: Inputs) -> N
 
 
 @pytest.mark.parametrize("columns", [1, 33, 96])
-@pytest.mark.parametrize("name", ["int4-g32", "int8"])
+@pytest.mark.parametrize("name", ["int4-g32", "q4_k", "int8"])
 def test_gptq_takes_odd_sizes_and_inputs_without_signal(name: str, columns: int) -> None:
     weight, scheme = torch.randn(3, columns), schemes.named(name)
     silent = Inputs(torch.zeros(4, columns, dtype=torch.bfloat16), torch.zeros(columns), torch.zeros(columns))
@@ -131,6 +131,18 @@ def test_gptq_takes_odd_sizes_and_inputs_without_signal(name: str, columns: int)
     assert [(tuple(part.shape), part.dtype) for part in packed] == scheme.layout(3, columns)
     # Nothing to make up for: the codes are the nearest ones.
     assert torch.equal(scheme.unpack(packed, columns), scheme.unpack(scheme.pack(weight), columns))
+
+
+def test_gptq_chooses_the_units_of_each_superblock(correlated: Inputs) -> None:
+    torch.manual_seed(0)
+    wide = Inputs(*(torch.cat([part] * 4, -1) for part in (correlated.rows, correlated.mean, correlated.largest)))
+    weight, scheme = torch.randn(20, 384), schemes.named("q4_k")
+    weight[:, 256:] *= 30
+    nearest = rounding.approximated(weight, scheme, None, "nearest")
+    better = rounding.approximated(weight, scheme, wide, "gptq")
+    for part in (slice(256), slice(256, 384)):
+        assert (better - weight)[:, part].norm() < 4 * (nearest - weight)[:, part].norm()
+    assert output_error(weight, better, wide) < 0.8 * output_error(weight, nearest, wide)
 
 
 def test_awq_lowers_the_error_of_the_output(correlated: Inputs) -> None:

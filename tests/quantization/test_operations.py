@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from graphopt import shapes
 from graphopt.quantization import operations, schemes
 
-NAMES = ("int8", "int4-g32", "int4-g64-sym", "fp8", "nf4-g64", "mxfp4", "int8-dynamic", "fp8-dynamic")
+NAMES = ("int8", "int4-g32", "int4-g64-sym", "q4_k", "fp8", "nf4-g64", "mxfp4", "int8-dynamic", "fp8-dynamic")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,6 +17,7 @@ NAMES = (
     "int4-g128",
     "int4-g32-sym",
     "int4-g128-sym",
+    "q4_k",
     "fp8",
     "nf4-g32",
     "nf4-g64",
@@ -131,6 +132,18 @@ def test_e2m1_is_the_table_of_the_standard() -> None:
     packed = scheme.pack(values)
     assert packed[1].item() == 127
     assert torch.equal(scheme.unpack(packed, 32), values)
+
+
+def test_groups_of_q4_k_share_units() -> None:
+    weight = torch.randn(2, 600)
+    weight[:, 256:512] *= 1e3
+    packed = schemes.named("q4_k").pack(weight)
+    assert [tuple(part.shape) for part in packed] == [(2, 304), (2, 19), (2, 19), (2, 3), (2, 3)]
+    _, scale, minimum, unit, unit_of_minimums = packed
+    assert scale.max() == 63 and minimum.max() == 63
+    for units in (unit, unit_of_minimums):
+        assert (units[:, 1] > 300 * units[:, ::2].T).all()
+    assert schemes.named("q4_k").nbytes(1, 4096) * 8 / 4096 == 4.625
 
 
 @pytest.mark.parametrize("name", ["int3", "int4", "int4-g16", "int8-g16", "INT8", "", "nf4-g32-sym"])

@@ -83,9 +83,11 @@ enum class Codes : int { int8 = 0, fp8 = 1, int4 = 2, nf4 = 3, mxfp4 = 4 };
 
 // A linear, n rows of k columns, on a packed weight: dense rows of codes. With group 0 one float scale for each row;
 // otherwise `groups` of so many columns in each row, with half precision scales and offsets (or null), or with the
-// exponents of mxfp4. dynamic: rows of x are rounded to the same codes first.
+// exponents of mxfp4. With units, a half for every eight groups, scales and offsets are bytes that count in them, offsets
+// downwards. dynamic: rows of x are rounded to the same codes first.
 struct QuantizedTask {
   const void *codes, *scales, *offsets;
+  const void *scale_units, *offset_units;
   const void* bias;  // dense, of the dtype of x, or null
   void* out;
   Codes kind;
@@ -93,6 +95,9 @@ struct QuantizedTask {
   int64_t n, k;
   int64_t group, groups, row_bytes, ldo;
 };
+
+inline constexpr int unit_shift = 3;  // of how many groups have one unit
+constexpr int64_t unit_count(int64_t groups) { return (groups + (1 << unit_shift) - 1) >> unit_shift; }
 
 // What a matrix product by torch takes and gives.
 enum class Element : int { integer, bf16, fp32 };

@@ -46,43 +46,66 @@ INLINE F halves(const uint16_t* p, int64_t count) {
 #endif
 }
 
-// Powers of two from their biased exponents [count > 0] (E8M0), where 255 means NaN; zeros behind them.
-INLINE F powers(const uint8_t* p, int64_t count) {
+// Bytes [count > 0] as integers, zeros behind them.
+INLINE U small_numbers(const uint8_t* p, int64_t count) {
   const int32_t inside = int32_t(smaller(count, lanes));
 #if defined(__AVX512F__)
-  const U exponent = U(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << inside) - 1), p)));
+  return U(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << inside) - 1), p)));
 #else
   uint8_t buffer[lanes] = {};
   for (int i = 0; i < inside; ++i) buffer[i] = p[i];
-  const U exponent = reinterpret_cast<U>(widened(buffer) & 255);
+  return reinterpret_cast<U>(widened(buffer) & 255);
 #endif
-  const U bits = exponent << 23 | (reinterpret_cast<U>((exponent == 0) | (exponent == 255)) & 0x00400000u);
-  return reinterpret_cast<F>(bits & reinterpret_cast<U>(lane_number() < inside));
 }
 
-// One parameter of the groups for the runs [from, from + lanes) of a weight row; zeros behind the last group.
+// Powers of two from their biased exponents [count > 0] (E8M0), where 255 means NaN; zeros behind them.
+INLINE F powers(const uint8_t* p, int64_t count) {
+  const U exponent = small_numbers(p, count);
+  const U bits = exponent << 23 | (reinterpret_cast<U>((exponent == 0) | (exponent == 255)) & 0x00400000u);
+  return reinterpret_cast<F>(bits & reinterpret_cast<U>(lane_number() < int32_t(smaller(count, lanes))));
+}
+
+// One parameter for the runs [from, from + lanes) of a weight row, where 1 << shift runs have one and the row `all`; zeros
+// behind the last.
 template <class Read>
-INLINE F for_runs(const QuantizedTask& task, int64_t from, const Read& read) {
-  const int shift = task.group == 32 ? 0 : task.group == 64 ? 1 : 2;
-  const int64_t first = from >> shift, count = task.groups - first;
+INLINE F for_runs(int shift, int64_t all, int64_t from, const Read& read) {
+  const int64_t first = from >> shift, count = all - first;
   if (count <= 0) return F{};
   F groups = read(first, count);
   return shift ? __builtin_shuffle(groups, lane_number() >> shift) : groups;
 }
 
+INLINE int group_shift(const QuantizedTask& task) { return task.group == 32 ? 0 : task.group == 64 ? 1 : 2; }
+
+INLINE F halves_for_runs(const QuantizedTask& task, const void* groups, int64_t n, int64_t from) {
+  return for_runs(group_shift(task), task.groups, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
+    return halves(static_cast<const uint16_t*>(groups) + n * task.groups + first, count);
+  });
+}
+
+// Bytes of groups of 32 times their units.
+INLINE F counts_for_runs(const QuantizedTask& task, const void* counts, const void* units, int64_t n, int64_t from) {
+  if (from >= task.groups) return F{};
+  const U bytes = small_numbers(static_cast<const uint8_t*>(counts) + n * task.groups + from, task.groups - from);
+  const int64_t all = unit_count(task.groups);
+  return __builtin_convertvector(reinterpret_cast<I>(bytes), F) * for_runs(unit_shift, all, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
+    return halves(static_cast<const uint16_t*>(units) + n * all + first, count);
+  });
+}
+
 INLINE F scales_for_runs(const QuantizedTask& task, int64_t n, int64_t from) {
-  return for_runs(task, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
-    const int64_t at = n * task.groups + first;
-    return task.kind == Codes::mxfp4 ? powers(static_cast<const uint8_t*>(task.scales) + at, count)
-                                     : halves(static_cast<const uint16_t*>(task.scales) + at, count);
+  if (task.scale_units) return counts_for_runs(task, task.scales, task.scale_units, n, from);
+  if (task.kind != Codes::mxfp4) return halves_for_runs(task, task.scales, n, from);
+  return for_runs(0, task.groups, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
+    return powers(static_cast<const uint8_t*>(task.scales) + n * task.groups + first, count);
   });
 }
 
 // What belongs to the code that is read as 0: codes are -8..7 here, but count from the offset in the pack.
 INLINE F offsets_for_runs(const QuantizedTask& task, int64_t n, int64_t from, F scales) {
-  return splat(8.0f) * scales + for_runs(task, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
-    return halves(static_cast<const uint16_t*>(task.offsets) + n * task.groups + first, count);
-  });
+  const F middle = splat(8.0f) * scales;
+  if (task.offset_units) return middle - counts_for_runs(task, task.offsets, task.offset_units, n, from);
+  return middle + halves_for_runs(task, task.offsets, n, from);
 }
 
 // Scales of weight row n to `scales`; what the offsets add to each column is added to acc, in any lane.

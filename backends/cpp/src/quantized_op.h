@@ -29,8 +29,8 @@ constexpr int64_t buffer_bytes = 4 << 20;
 struct Scheme {
   Codes kind;
   int64_t group = 0;
-  bool offsets = false, dynamic = false;
-  size_t parts() const { return offsets ? 3 : 2; }
+  bool offsets = false, dynamic = false, units = false;
+  size_t parts() const { return 2 + offsets + 2 * units; }
 };
 
 Scheme scheme_of(std::string_view name) {
@@ -42,16 +42,19 @@ Scheme scheme_of(std::string_view name) {
   const std::string whole(name);
   Scheme scheme{};
   if (take("mxfp4")) scheme = {Codes::mxfp4, 32};
+  else if (take("q4_k")) scheme = {Codes::int4, 32, true, false, true};
   else if (take("int8")) scheme = {Codes::int8};
   else if (take("int4")) scheme = {Codes::int4, 0, true};
   else if (take("fp8")) scheme = {Codes::fp8};
   else if (take("nf4")) scheme = {Codes::nf4};
   else TORCH_CHECK(false, "no quantisation scheme '", whole, "'");
-  if (take("-g32")) scheme.group = 32;
-  else if (take("-g64")) scheme.group = 64;
-  else if (take("-g128")) scheme.group = 128;
-  if (take("-sym")) scheme.offsets = false;
-  if (take("-dynamic")) scheme.dynamic = true;
+  if (!scheme.group) {
+    if (take("-g32")) scheme.group = 32;
+    else if (take("-g64")) scheme.group = 64;
+    else if (take("-g128")) scheme.group = 128;
+    if (take("-sym")) scheme.offsets = false;
+    if (take("-dynamic")) scheme.dynamic = true;
+  }
   const bool in_rows = scheme.kind == Codes::int8 || scheme.kind == Codes::fp8;
   TORCH_CHECK(name.empty() && (scheme.group || in_rows) && !(scheme.group && (scheme.dynamic || scheme.kind == Codes::fp8)),
               "no quantisation scheme '", whole, "'");
@@ -70,14 +73,18 @@ QuantizedTask task_of(const Scheme& scheme, at::TensorList parts, int64_t k) {
   task.row_bytes = scheme.kind == Codes::int8 || scheme.kind == Codes::fp8 ? columns : columns / 2;
   TORCH_CHECK(codes.size(1) == task.row_bytes && codes.element_size() == 1, "packed codes of ", k, " columns must have ",
               task.row_bytes, " bytes in each row, got ", codes.sizes(), " of ", codes.dtype());
-  const auto wanted = !scheme.group ? at::kFloat : scheme.kind == Codes::mxfp4 ? at::kByte : at::kHalf;
-  for (const Tensor& part : parts.slice(1)) {
-    const bool fits = part.scalar_type() == wanted && part.numel() == task.n * (scheme.group ? task.groups : 1);
-    TORCH_CHECK(fits, "scales and offsets must be ", wanted, " with one number for each group, got ", part.sizes(), " of ", part.dtype());
+  const auto wanted = !scheme.group ? at::kFloat : scheme.kind == Codes::mxfp4 || scheme.units ? at::kByte : at::kHalf;
+  for (size_t i = 1; i < parts.size(); ++i) {
+    const bool unit = i > 2;
+    const auto dtype = unit ? at::kHalf : wanted;
+    const int64_t in_row = unit ? unit_count(task.groups) : scheme.group ? task.groups : 1;
+    TORCH_CHECK(parts[i].scalar_type() == dtype && parts[i].numel() == task.n * in_row, unit ? "units" : "scales and offsets", " must be ", dtype,
+                " with ", in_row, " numbers for each row, got ", parts[i].sizes(), " of ", parts[i].dtype());
   }
   for (const Tensor& part : parts) TORCH_CHECK(part.is_contiguous() && part.device().is_cpu(), "packed tensors must be contiguous and on the CPU");
   task.codes = codes.const_data_ptr(), task.scales = parts[1].const_data_ptr();
   task.offsets = scheme.offsets ? parts[2].const_data_ptr() : nullptr;
+  if (scheme.units) task.scale_units = parts[3].const_data_ptr(), task.offset_units = parts[4].const_data_ptr();
   return task;
 }
 
