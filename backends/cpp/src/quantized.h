@@ -83,14 +83,21 @@ INLINE F halves_for_runs(const QuantizedTask& task, const void* groups, int64_t 
   });
 }
 
-// Bytes of groups of 32 times their units.
+// Bytes of groups of 32 times their units: two of them for a vector, or one.
 INLINE F counts_for_runs(const QuantizedTask& task, const void* counts, const void* units, int64_t n, int64_t from) {
   if (from >= task.groups) return F{};
   const U bytes = small_numbers(static_cast<const uint8_t*>(counts) + n * task.groups + from, task.groups - from);
-  const int64_t all = unit_count(task.groups);
-  return __builtin_convertvector(reinterpret_cast<I>(bytes), F) * for_runs(unit_shift, all, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
-    return halves(static_cast<const uint16_t*>(units) + n * all + first, count);
-  });
+  const int64_t all = unit_count(task.groups), first = from >> unit_shift;
+  const uint16_t* unit = static_cast<const uint16_t*>(units) + n * all + first;
+#if defined(__AVX512F__)
+  uint32_t pair = *unit;
+  if (first + 1 < all) __builtin_memcpy(&pair, unit, sizeof pair);
+  const __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(int32_t(pair)));
+  const F each = F(_mm512_permutexvar_ps(__m512i(lane_number() >> unit_shift), _mm512_castps128_ps512(two)));
+#else
+  const F each = splat(Fp16::to_float(*unit));
+#endif
+  return __builtin_convertvector(reinterpret_cast<I>(bytes), F) * each;
 }
 
 INLINE F scales_for_runs(const QuantizedTask& task, int64_t n, int64_t from) {
