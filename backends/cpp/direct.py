@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from graphopt import _compat
-from graphopt.runtime import packs
+from graphopt.runtime import kv, packs
 
 
 def call_directly(library: str) -> None:
@@ -17,5 +17,6 @@ def call_directly(library: str) -> None:
     module = make_module()
     functions = {name: function for name, function in vars(module).items() if not name.startswith("__")}
     packs.compare_with(functions.pop("unchanged"))
+    kv.reserve_with(functions.pop("reserve"))
     for name, function in functions.items():
         _compat.inductor_calls_function(getattr(torch.ops.graphopt_cpp, name).default, function)

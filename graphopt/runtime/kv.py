@@ -16,11 +16,12 @@ shows in the other (a warning says so when the cache grows next); and `torch.sav
 
 from __future__ import annotations
 
-import dataclasses
+import ctypes
 import itertools
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,26 +35,47 @@ _FLOOR = 32
 _GOLDEN = 0.6180339887498949
 _lock = threading.Lock()
 _turns = itertools.count()
+_compiled: list[Callable[[list[tuple[Any, ...]]], list[Tensor | None]]] = []
 
 
-@dataclasses.dataclass(slots=True)
-class Buffer:
+class Buffer(ctypes.Structure):
     """What is known of one buffer [capacity, *rest]: kept as an attribute of the buffer tensor.
 
+    row: elements between two rows. used: rows handed out. version: the version counter after the last append. In memory
+    it is what `backends/cpp/src/reserve.h` reads and writes.
     rest: the sizes of a cache without `dim`. strides: those of every cache that is a view of the buffer.
-    row: elements between two rows. used: rows handed out. version: the version counter after the last append.
     """
 
+    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("dim", "row", "capacity", "used", "version")]
     dim: int
-    rest: tuple[int, ...]
-    strides: tuple[int, ...]
     row: int
     capacity: int
     used: int
     version: int
 
+    def __init__(self, base: Tensor, dim: int, used: int) -> None:
+        row, *strides = base.stride()
+        super().__init__(dim, row, base.shape[0], used, base._version)
+        self.rest = tuple(base.shape[1:])
+        self.strides = (*strides[:dim], row, *strides[dim:])
 
-@prologue.call_time(ops.kv_reserve)
+
+def reserve_many(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """`reserve` with each of the given arguments; a model has two caches for each layer."""
+    told = [(*call, None) if len(call) == 3 else call for call in calls]
+    views: list[Tensor | None] = [None] * len(told)
+    if _compiled:
+        with _lock:
+            views = _compiled[0](told)
+    return [_reserve(*call) if view is None else _marked(view, call[2]) for view, call in zip(views, told, strict=True)]
+
+
+def reserve_with(function: Callable[[list[tuple[Any, ...]]], list[Tensor | None]]) -> None:
+    """Have the commonest case done by a compiled function from now on; where it gives None, it did nothing."""
+    _compiled[:] = [function]
+
+
+@prologue.call_time(ops.kv_reserve, together=reserve_many)
 def reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> Tensor:
     """A tensor that continues `past` by `count` undefined rows along `dim`: the same memory if that is safe.
 
@@ -61,6 +83,10 @@ def reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> 
     The first S rows of the result must not be written. Thread-safe: of two callers with one `past`, one gets
     a copy. capacity: the rows that memory is taken for, where it should not grow; more raise KVCapacityError.
     """
+    return reserve_many([(past, count, dim, capacity)])[0]
+
+
+def _reserve(past: Tensor, count: int, dim: int, capacity: int | None) -> Tensor:
     length = past.shape[dim]
     ops.check_capacity(length + count, capacity)
     base = past._base
@@ -88,9 +114,7 @@ def allocate(
 @prologue.call_time(ops.kv_window)
 def window(room: Tensor, dim: int, start: int | None, end: int | None) -> Tensor:
     """The rows [start:end] along `dim` of reserved room: a cache that can grow in place if it ends with it."""
-    view: Tensor = torch.ops.aten.slice.Tensor(room, dim, start, end)
-    _compat.suggest_dynamic(view, dim)
-    return view
+    return _marked(torch.ops.aten.slice.Tensor(room, dim, start, end), dim)
 
 
 def _some_growth() -> float:
@@ -134,9 +158,12 @@ def _is_free(buffer: Buffer, past: Tensor, end: int) -> bool:
 
 def _view(base: Tensor, buffer: Buffer, first: int, length: int) -> Tensor:
     size = (*buffer.rest[: buffer.dim], length, *buffer.rest[buffer.dim :])
-    view = base.as_strided(size, buffer.strides, first * buffer.row)
-    # A cache's length changes with every token: compile the second step for any length.
-    _compat.suggest_dynamic(view, buffer.dim)
+    return _marked(base.as_strided(size, buffer.strides, first * buffer.row), buffer.dim)
+
+
+def _marked(view: Tensor, dim: int) -> Tensor:
+    """A cache's length changes with every token: compile the second step for any length."""
+    _compat.suggest_dynamic(view, dim)
     return view
 
 
@@ -164,9 +191,7 @@ def _new(size: Sequence[int], dim: int, capacity: int, dtype: torch.dtype, devic
     # Also under inference_mode an ordinary tensor: only those have a version counter.
     with torch.inference_mode(False):
         base = torch.empty(capacity, *rest, dtype=dtype, device=device)
-    strides = base.stride()
-    seen = (*strides[1 : dim + 1], strides[0], *strides[dim + 1 :])
-    buffer = Buffer(dim, rest, seen, strides[0], capacity, used=size[dim], version=0)
+    buffer = Buffer(base, dim, used=size[dim])
     if 0 not in rest:
         base._graphopt_kv = buffer  # type: ignore[attr-defined]
     return _view(base, buffer, 0, size[dim])

@@ -29,19 +29,26 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
 }
 _INTEGERS = tuple(function for function in _ARITHMETIC.values() if function is not operator.getitem)
 _call_time: dict[str, Callable[..., Any]] = {}
+_together: dict[str, Callable[[Sequence[tuple[Any, ...]]], list[Any]]] = {}
 _packing: set[str] = set()
 
 
 def call_time(
-    op: torch._ops.OpOverload, *, packs_weights: bool = False
+    op: torch._ops.OpOverload,
+    *,
+    packs_weights: bool = False,
+    together: Callable[[Sequence[tuple[Any, ...]]], list[Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function to be how `op` runs at call time; `hoist` moves nodes of `op` out of graphs.
 
     packs_weights: the function is under `packs.packed`, so that its result is the same while its tensors are.
+    together: does many calls at once, given the positional arguments of each.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _call_time[str(op)] = function
+        if together is not None:
+            _together[str(op)] = together
         if packs_weights:
             _packing.add(str(op))
         return function
@@ -67,11 +74,13 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class _Packing:
-    """The numbers of the steps that pack weights, the positions of those weights among the inputs, all other steps."""
+    """The numbers of the steps that pack weights, the positions of those weights among the inputs, and in runs of steps
+    that are done together all other steps, and all."""
 
     steps: frozenset[int]
     weights: tuple[int, ...]
-    others: tuple[int, ...]
+    others: tuple[tuple[int, ...], ...]
+    all: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +121,15 @@ class Prologue:
         kept = self._kept.get("packs")
         current = kept is not None and kept[0].holds(weights)
         values += kept[1] if kept is not None and current else [None] * len(self.steps)
-        for number in packing.others if current else range(len(self.steps)):
-            step = self.steps[number]
-            args = [
-                values[argument.index] if type(argument) is Input else _resolve(argument, values)
-                for argument in step.args
-            ]
-            kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
-            values[count + number] = _function_of(step)(*args, **kwargs)
+        for run in packing.others if current else packing.all:
+            first = self.steps[run[0]]
+            given = [tuple(_resolve(argument, values) for argument in self.steps[number].args) for number in run]
+            if len(run) > 1:
+                for number, result in zip(run, _together[first.function](given), strict=True):
+                    values[count + number] = result
+            else:
+                kwargs = {name: _resolve(argument, values) for name, argument in first.kwargs}
+                values[count + run[0]] = _function_of(first)(*given[0], **kwargs)
         if packing.steps and not current:
             results = [values[count + number] if number in packing.steps else None for number in range(len(self.steps))]
             pages.enlarge(tree_leaves(results))
@@ -146,9 +156,24 @@ class Prologue:
                 if packs_only and (step.function in _packing or (read[0] >= count if read else False)):
                     steps.add(number)
                     weights.update(dict.fromkeys(index for index in read if index < count))
-            others = tuple(number for number in range(len(self.steps)) if number not in steps)
-            self.__dict__["_packing_steps"] = found = _Packing(frozenset(steps), tuple(weights), others)
+            every = range(len(self.steps))
+            others = self._runs([number for number in every if number not in steps], count)
+            found = _Packing(frozenset(steps), tuple(weights), others, self._runs(every, count))
+            self.__dict__["_packing_steps"] = found
         return found
+
+    def _runs(self, numbers: Sequence[int], count: int) -> tuple[tuple[int, ...], ...]:
+        """The steps in their order, with those in one run that follow each other and can be done together."""
+        runs: list[list[int]] = []
+        for number in numbers:
+            step, before = self.steps[number], self.steps[runs[-1][-1]] if runs else None
+            alike = before is not None and (before.function, before.kwargs, ()) == (step.function, (), step.kwargs)
+            reads = max(_inputs_of(step.args), default=-1)
+            if step.function in _together and alike and reads < count + runs[-1][0]:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        return tuple(map(tuple, runs))
 
 
 def _function_of(step: Step) -> Callable[..., Any]:

@@ -8,16 +8,29 @@ import io
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import graphopt.errors
 from graphopt import counters, ops
 from graphopt.runtime import kv
 
 B, H, D = 2, 3, 4
+
+
+@pytest.fixture(params=["python", "compiled"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything by Python alone, and with the commonest case in C++."""
+    if request.param == "compiled":
+        request.getfixturevalue("cpp_library")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "python":
+            patch.setattr(kv, "_compiled", [])
+        yield
 
 
 def rows(count: int, dim: int = 2) -> torch.Tensor:
@@ -269,3 +282,31 @@ def test_caches_always_hold_what_concatenation_would(steps: list[tuple[str, int]
             caches[place] = cache.index_select(0, order), expected.index_select(0, order)
         del cache, expected
         assert all(torch.equal(held, should) for held, should in caches)
+
+
+def test_many_caches_at_once() -> None:
+    """One with room, one that is full, one held by an older fork, one that is nobody's view, one with little room."""
+    full = start(1)
+    while shares_memory(full, append(full, rows(0))) and full._base is not None and full.shape[2] < full._base.shape[0]:
+        full = append(full, rows(1))
+    forked = start()
+    taken = append(forked, rows(1))
+    pasts = [start(), full, forked, rows(4), start()]
+    grown = kv.reserve_many([(past, 1, 2) for past in pasts])
+    assert [shares_memory(a, b) for a, b in zip(grown, pasts, strict=True)] == [True, False, False, False, True]
+    for past, longer in zip(pasts, grown, strict=True):
+        assert longer.shape[2] == past.shape[2] + 1 and torch.equal(longer[:, :, :-1], past)
+        assert longer._dynamo_weak_dynamic_indices == {2}  # type: ignore[attr-defined]
+    assert torch.equal(taken[:, :, :-1], forked)
+
+
+def test_one_cache_twice_is_parted() -> None:
+    cache = start()
+    one, other = kv.reserve_many([(cache, 1, 2), (cache, 2, 2, 64)])
+    assert shares_memory(one, cache) and not shares_memory(other, cache)
+    assert other._base is not None and other._base.shape[0] == 64 and torch.equal(other[:, :, :-2], cache)
+
+
+def test_more_than_the_capacity_is_refused_among_others() -> None:
+    with pytest.raises(graphopt.errors.KVCapacityError):
+        kv.reserve_many([(start(), 1, 2), (start(), 100, 2, 20)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -57,3 +59,24 @@ def test_only_what_call_time_operations_read_is_computed_there() -> None:
     graph_module.recompile()
     room, number = graph_module(*made([past, 3]))
     assert room.shape == (2, 2, 11, 4) and torch.equal(room[:, :, :5], past) and number == 4
+
+
+def test_reservations_are_made_together_unless_one_continues_another() -> None:
+    def grow(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+        reserve = torch.ops.graphopt.kv_reserve
+        rooms = [reserve(first, 1, 2), reserve(second, 1, 2, 99)]
+        return [*rooms, reserve(rooms[0], 3, 2), reserve(rooms[1], 4, 2)]
+
+    pasts = [torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4)]
+    graph_module = make_fx(grow, tracing_mode="fake")(*pasts)
+    inputs = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    made, _ = prologue.hoist(graph_module, inputs)
+    assert made is not None
+    with mock.patch.object(prologue, "_together", {"graphopt.kv_reserve.default": mock.Mock(wraps=kv.reserve_many)}):
+        graph_module.recompile()
+        rooms = graph_module(*made(list(pasts)))
+        (together,) = prologue._together.values()
+    assert [len(call.args[0]) for call in together.call_args_list] == [2, 2]  # type: ignore[attr-defined]
+    assert [room.shape[2] for room in rooms] == [6, 7, 9, 11]
+    for room, past in zip(rooms, pasts * 2, strict=True):
+        assert torch.equal(room[:, :, : past.shape[2]], past)

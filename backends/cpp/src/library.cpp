@@ -14,6 +14,7 @@
 #include "linear_op.h"
 #include "operators.h"
 #include "quantized_op.h"
+#include "reserve.h"
 #include "tables.h"
 #include "unchanged.h"
 
@@ -50,7 +51,8 @@ TORCH_LIBRARY(graphopt_cpp, m) {
 }  // namespace
 }  // namespace graphopt
 
-// The module of the direct functions: those of torch.ops.graphopt_cpp that compiled graphs call, and what guards packs.
+// The module of the direct functions: those of torch.ops.graphopt_cpp that compiled graphs call, what guards packs,
+// and what makes room in caches.
 extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
   using namespace graphopt;
   static PyMethodDef functions[] = {
@@ -63,6 +65,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
       direct<quantized_cache::attention_quantized_cpu>("attention_quantized"),
       direct<paged_cache::attention_paged_cpu>("attention_paged"),
       direct<unchanged>("unchanged"),
+      {"reserve", reserve, METH_O, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "graphopt_direct", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
