@@ -186,13 +186,17 @@ def run(
     session = edit.Session(limit=options.limit, observer=observer)
     training = capture.info(graph_module).training
     reports = []
+    saved: fx.Graph | None = None  # as the passes up to now left it; good until one changes the graph
     with edit.session(session):
         for function in passes:
             declared = describe(function)
             if declared.name in options.disable or (training and not declared.training):
                 continue
-            report = _run_one(graph_module, function, declared, session, options)
+            saved = saved or _copy(graph_module.graph)
+            report = _run_one(graph_module, function, declared, session, options, saved)
             reports.append(report)
+            if report.rewrites or report.error:
+                saved = None
             if report.rewrites and after_pass is not None:
                 after_pass(declared.name, graph_module)
     graph_module.recompile()
@@ -205,11 +209,12 @@ def _run_one(
     declared: PassInfo,
     session: edit.Session,
     options: Options,
+    saved: fx.Graph,
 ) -> PassReport:
     session.pass_name, session.exactness = declared.name, declared.exactness
     session.refusals, session.notes = [], []
-    saved, count_before = _copy(graph_module.graph), len(graph_module.graph.nodes)
-    rewrites, error, started, made = 0, "", time.perf_counter(), session.rewrites
+    count_before, made = len(graph_module.graph.nodes), session.rewrites
+    rewrites, error, started = 0, "", time.perf_counter()
     try:
         rewrites = _count(function(graph_module), declared.name)
         edit.eliminate_dead_code(graph_module)

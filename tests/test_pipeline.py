@@ -111,6 +111,32 @@ def test_a_pass_that_does_not_count_is_undone(returned: Any) -> None:
         graphopt.explain(lambda x: x + 1, torch.ones(2), options={**options, "strict": True})
 
 
+def test_each_failing_pass_is_undone_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier passes did stays; the graph is copied again only when one has changed it."""
+
+    def adding(number: int, fails: bool, name: str) -> Callable[[fx.GraphModule], int]:
+        def function(graph_module: fx.GraphModule) -> int:
+            (add,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+            add.update_arg(1, add.args[1] + number)
+            if fails:
+                raise RuntimeError(f"{name} gave up")
+            return 1
+
+        function.__name__ = name
+        return graphopt.graph_pass(exactness="lossy")(function)
+
+    mixed = [named("first"), adding(10, True, "second"), named("third"), adding(100, False, "fourth"), named("fifth"),
+             adding(1000, True, "sixth"), adding(10000, True, "seventh")]  # fmt: skip
+    graph_module = torch.fx.experimental.proxy_tensor.make_fx(lambda x: x + 1, tracing_mode="fake")(torch.ones(2))
+    copied: list[fx.Graph] = []
+    copy = pipeline._copy
+    monkeypatch.setattr(pipeline, "_copy", lambda graph: copied.append(graph) or copy(graph))
+    reports = pipeline.run(graph_module, mixed, graphopt.Options())
+    assert graph_module(torch.ones(2)).tolist() == [102, 102]
+    assert [bool(report.error) for report in reports] == [False, True, False, False, False, True, True]
+    assert len(copied) == 4
+
+
 def test_disable_takes_names_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(**options: Any) -> torch.Tensor:
         torch.compiler.reset()
