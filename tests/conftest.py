@@ -1,4 +1,5 @@
-"""What every test starts from: no downloads, quiet waiting threads, a fixed seed, no compiled code left over."""
+"""What every test starts from: no downloads, quiet waiting threads, a fixed seed, no compiled code left over;
+and of what rotates, today's share."""
 
 from __future__ import annotations
 
@@ -16,6 +17,16 @@ import torch
 
 from graphopt.backends import cpp
 from graphopt.backends.cpp import build
+from tests.suite import door
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what rotates and is not in today's share."""
+    for item in items:
+        mark = item.get_closest_marker("rotate")
+        if mark is not None and not door.in_rotation(mark.kwargs.get("by", item.name), mark.kwargs["one_in"]):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

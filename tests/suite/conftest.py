@@ -1,30 +1,11 @@
-"""Fixtures of the suites: a clean Dynamo for every test, rotation of the costly ones."""
+"""Fixtures of the suites: a clean Dynamo for every test, and the targets."""
 
-import pathlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.suite import door
-
-HERE = pathlib.Path(__file__).parent
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker used here."""
-    config.addinivalue_line("markers", "rotate(one_in): slow, but for the share that the commit's hash picks")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what rotates and is not in today's share."""
-    for item in items:
-        mark = item.get_closest_marker("rotate")
-        if mark is None or HERE not in item.path.parents:
-            continue
-        if not door.in_rotation(item.name, mark.kwargs["one_in"]):
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
