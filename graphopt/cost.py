@@ -178,6 +178,13 @@ def _numel(value: Any) -> sympy.Expr:
 
 _GATHERS = frozenset({aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor})
 
+# Rows of x [S, K], sorted by expert, times the experts [E, K, N], or what they are packed in; then ends [E].
+_GROUPED = (
+    "aten._grouped_mm.default",
+    "transformers.grouped_mm_fallback.default",
+    "graphopt.quantized_grouped_linear.default",
+)
+
 # Done outside of the graph, or handed out without being touched.
 _FREE = frozenset(
     {
@@ -193,8 +200,12 @@ _FREE = frozenset(
 
 
 def _reads(node: Node, operand: Node) -> sympy.Expr:
-    """The bytes that a node reads of an operand: a gather reads only the rows it picks, a slice only its part."""
+    """The bytes that a node reads of an operand: a gather reads only the rows it picks, a slice only its part, a
+    product with experts no more of them than it has rows (each row has one)."""
     value = node.meta.get("val")
+    mixture = _mixture(node)
+    if mixture is not None and operand in mixture.experts:
+        return value_bytes(operand.meta["val"]) * sympy.Min(mixture.rows, mixture.count) / mixture.count
     if node.target in _GATHERS and node.args[0] is operand:
         return value_bytes(value)
     if node.target is aten.copy_.default and node.args[0] is operand:
@@ -208,6 +219,29 @@ def _reads(node: Node, operand: Node) -> sympy.Expr:
     return value_bytes(operand.meta.get("val"))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mixture:
+    """A product of rows with their experts: how many rows, how many experts, and the nodes that hold these."""
+
+    rows: sympy.Expr
+    count: sympy.Expr
+    experts: tuple[Node, ...]
+
+
+def _mixture(node: Node) -> _Mixture | None:
+    if str(node.target) not in _GROUPED:
+        return None
+    x, experts, *more = node.args
+    ends = more[0] if more else node.kwargs.get("offs")
+    held = tuple(experts) if isinstance(experts, (list, tuple)) else (experts,)
+    if not isinstance(x, Node) or not isinstance(ends, Node) or x.meta["val"].dim() != 2:
+        return None
+    if isinstance(experts, Node) and experts.meta["val"].dim() != 3:
+        return None  # the gradient of experts
+    rows, count = (size_expression(given.meta["val"].shape[0]) for given in (x, ends))
+    return _Mixture(rows, count, tuple(part for part in held if isinstance(part, Node)))
+
+
 # Which argument's last dimension is summed over.
 _PRODUCTS = {
     "aten.mm.default": 0,
@@ -218,7 +252,6 @@ _PRODUCTS = {
     "graphopt.parallel_linear.default": 0,
     "graphopt.quantized_linear.default": 0,
     "graphopt.parallel_quantized_linear.default": 0,
-    "graphopt.quantized_grouped_linear.default": 0,
 }
 
 
@@ -229,8 +262,8 @@ def flops(node: Node) -> sympy.Expr:
         return _ZERO
     name = str(node.target)
     operands = [n.meta.get("val") for n in node.all_input_nodes]
-    if name in _PRODUCTS:
-        left = node.args[_PRODUCTS[name]]
+    if name in _PRODUCTS or _mixture(node) is not None:
+        left = node.args[_PRODUCTS.get(name, 0)]
         assert isinstance(left, Node)
         return 2 * _numel(node.meta["val"]) * size_expression(left.meta["val"].shape[-1])
     if node.target is aten.convolution.default:
@@ -300,11 +333,23 @@ def region_cost(region: GraphModule) -> Cost:
 
 def _input_bytes(node: Node) -> sympy.Expr:
     """What a region reads of an input: no more than its readers ask for when all of them pick parts."""
-    whole = value_bytes(node.meta.get("val"))
-    users = list(node.users)
-    if users and all(u.target in _GATHERS and u.args[0] is node for u in users):
-        return sum((_reads(u, node) for u in users), _ZERO)
-    return whole
+    picked = _picked(node)
+    return value_bytes(node.meta.get("val")) if picked is None else picked
+
+
+def _picked(node: Node) -> sympy.Expr | None:
+    """The bytes that the readers of a node, and of views of it, ask for; None unless all of them pick parts."""
+    read: list[sympy.Expr] = []
+    for user in node.users:
+        mixture = _mixture(user)
+        if (user.target in _GATHERS and user.args[0] is node) or (mixture is not None and node in mixture.experts):
+            read.append(_reads(user, node))
+            continue
+        inner = _picked(user) if user.target is aten.permute.default else None
+        if inner is None:
+            return None
+        read.append(inner)
+    return sympy.Add(*read) if read else None
 
 
 def graph_cost(graph_module: GraphModule, model: CostModel | None = None) -> Cost:

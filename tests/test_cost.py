@@ -55,6 +55,46 @@ def test_a_gather_reads_the_rows_it_picks() -> None:
     assert cost.graph_cost(graph).bytes == 4 * 24 + 8 * 3 + 4 * 24
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 50])
+def test_a_mixture_reads_no_more_experts_than_it_has_rows(rows: int) -> None:
+    from transformers.integrations import moe  # noqa: F401  (registers transformers::grouped_mm_fallback)
+
+    def product(x: torch.Tensor, experts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch.ops.transformers.grouped_mm_fallback(x, experts.transpose(1, 2), ends)
+
+    x, experts, ends = torch.randn(rows, 64), torch.randn(4, 32, 64), torch.tensor([rows] * 4)
+    graph = captured(product, x, experts, ends)
+    total, read = cost.graph_cost(graph), 32 * 64 * min(rows, 4)
+    assert total.flops == 2 * rows * 32 * 64 and total.launches == 1
+    assert total.bytes == 4 * (rows * 64 + read + rows * 32) + 8 * 4 == cost.minimal_bytes(graph)
+    # The same for packed experts: a byte for each weight, four for the scale of each row.
+    packed = captured(
+        lambda x, codes, scales, ends: torch.ops.graphopt.quantized_grouped_linear(x, [codes, scales], ends, "int8"),
+        x,
+        torch.ones(4 * 32, 64, dtype=torch.int8),
+        torch.ones(4 * 32),
+        ends,
+    )
+    total = cost.graph_cost(packed)
+    assert total.flops == 2 * rows * 32 * 64
+    assert total.bytes == 4 * (rows * 64 + rows * 32) + read + 4 * 32 * min(rows, 4) + 8 * 4
+
+
+def test_rows_of_a_mixture_may_be_symbolic() -> None:
+    from transformers.integrations import moe  # noqa: F401
+
+    graph = captured(
+        lambda x, experts, ends: torch.ops.transformers.grouped_mm_fallback(x, experts, ends),
+        torch.randn(9, 64),
+        torch.randn(4, 64, 32),
+        torch.tensor([2, 5, 7, 9]),
+        dynamic=True,
+    )
+    total = cost.graph_cost(graph)
+    sizes = {s.name for s in total.bytes.free_symbols}
+    assert sizes and not total.at(dict.fromkeys(sizes, 4)).bytes.free_symbols
+
+
 def test_views_are_free() -> None:
     graph = captured(lambda a: a.t().reshape(8, 4)[1:] + 1, torch.randn(8, 4))
     views = [n for n in graph.graph.nodes if "permute" in str(n.target)]
