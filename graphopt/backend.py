@@ -17,7 +17,7 @@ from graphopt.errors import GraphoptError, LoweringError
 from graphopt.lowering import CustomLowering
 from graphopt.options import Options
 from graphopt.pruning import lines, revival
-from graphopt.quantization import cache_operations
+from graphopt.quantization import cache_operations, release
 from graphopt.quantize_options import depends_on_values
 from graphopt.runtime import artifact, cache, cuda_graphs, pages
 from graphopt.verify import Checker
@@ -89,6 +89,7 @@ def _compile(
     graph_report.passes = pipeline.run(
         graph_module, arranged, options, observer=checker, after_pass=watchers.after_pass
     )
+    release.check_reads(graph_module)
     watchers.after_passes(graph_module)
     if checker is not None:
         graph_report.verification = checker.summary()

@@ -1,8 +1,9 @@
 """Free the full-precision weights of which only packs are read any more: `graphopt.release_weights(model)`.
 
-A released parameter keeps its name, shape and dtype, but each row is one NaN in memory: whatever still reads
-it gives NaN, never a number that looks right. Its module's `forward` outside of compiled code and `state_dict` raise
-WeightsReleasedError. There is no way back but loading the weights again into a new parameter.
+A released parameter keeps its name, shape and dtype, but each row is one NaN in memory, and experts [E, N, K] of one
+shape are all one expert of NaN: whatever still reads it gives NaN, never a number that looks right. Its module's
+`forward` outside of compiled code, `state_dict`, and compiling a graph that reads it raise WeightsReleasedError. There
+is no way back but loading the weights again into a new parameter.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from graphopt import capture
 from graphopt.errors import OptionError, WeightsReleasedError
+from graphopt.quantization import operations
+from graphopt.quantization.names import weight_name
 from graphopt.runtime import packs
 
+_PACKING = (operations.quantize_weight, operations.input_scales)
 _released: dict[int, weakref.ref[Tensor]] = {}
 
 
@@ -37,7 +42,22 @@ class Release:
 def is_released(weight: Tensor) -> bool:
     """Whether the elements of a weight are gone."""
     found = _released.get(id(weight))
-    return found is not None and found() is weight and weight.stride(-1) == 0
+    return found is not None and found() is weight and 0 in weight.stride()
+
+
+def check_reads(graph_module: fx.GraphModule) -> None:
+    """Raise WeightsReleasedError if a captured graph reads a released weight otherwise than as its pack."""
+    for node in graph_module.graph.nodes:
+        weight = capture.weight_tensor(node) if node.op == "placeholder" else None
+        if weight is None or not is_released(weight):
+            continue
+        reader = next((user for user in node.users if user.target not in _PACKING), None)
+        if reader is not None:
+            name = weight_name(node.meta.get("source", "")) or f"a weight of shape {tuple(weight.shape)}"
+            raise WeightsReleasedError(
+                f"{name} was released, but {reader.target} in this graph reads it. Run the model without gradients"
+                " under the options that were in force when it was released, or load the weights again"
+            )
 
 
 def release_weights(model: nn.Module) -> Release:
@@ -56,7 +76,7 @@ def release_weights(model: nn.Module) -> Release:
             kept.append((name, reason))
             continue
         freed += parameter.untyped_storage().nbytes()
-        replace(model, name)
+        freed -= replace(model, name)
         released.append(name)
     if not released and not kept:
         raise OptionError(
@@ -70,8 +90,11 @@ def why_kept(model: nn.Module, name: str) -> str:
     """Why the named weight cannot be released, or ""."""
     parameter = model.get_parameter(name)
     others = {type(module).__name__ for module, _ in _owners(model, parameter) if not isinstance(module, nn.Linear)}
-    if others:
+    experts = parameter.dim() == 3
+    if others and not experts:
         return f"it is also used by {', '.join(sorted(others))}"
+    if experts and parameter.shape[0] == 1:
+        return "it holds one expert only"
     if parameter.is_inference():
         return "it is an inference tensor, whose packs are told by its content"
     if not parameter.is_meta and not is_released(parameter):
@@ -80,13 +103,14 @@ def why_kept(model: nn.Module, name: str) -> str:
     return ""
 
 
-def replace(model: nn.Module, name: str) -> None:
-    """Free the named weight; its packs stay valid. One on the meta device becomes a released parameter on the CPU."""
+def replace(model: nn.Module, name: str) -> int:
+    """Free the named weight; its packs stay valid. One on the meta device becomes a released parameter on the CPU.
+
+    Returns the bytes of new memory that stand for it.
+    """
     parameter = model.get_parameter(name)
     made = packs.made_from(parameter)
-    device = torch.device("cpu") if parameter.is_meta else parameter.device
-    # Rows that differ in address: passes tell a weight from its transpose by strides.
-    gone = torch.full((parameter.shape[0], 1), float("nan"), dtype=parameter.dtype, device=device)
+    gone, new_bytes = _nothing(parameter)
     if parameter.is_meta:
         new = nn.Parameter(gone.expand(parameter.shape), requires_grad=False)
         set_parameter(model, parameter, new)
@@ -98,6 +122,24 @@ def replace(model: nn.Module, name: str) -> None:
     _released[id(parameter)] = weakref.ref(parameter, functools.partial(_forget, id(parameter)))
     for module, own_name in _owners(model, parameter):
         _guard(module, own_name)
+    return new_bytes
+
+
+def _nothing(parameter: Tensor) -> tuple[Tensor, int]:
+    """NaN that expands to a weight, and the bytes of it that were not there before."""
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
+    # Rows that differ in address: passes tell a weight from its transpose by strides.
+    shape = (parameter.shape[0], 1)
+    if parameter.dim() == 3:
+        # Products with experts want their last two dimensions to lie as those of any matrix: one expert serves all.
+        shape = (1, *parameter.shape[1:])
+        for reference in _released.values():
+            other = reference()
+            if other is not None and other.dim() == 3 and is_released(other) and other.dtype == parameter.dtype:
+                if other.shape[1:] == parameter.shape[1:] and other.device == device:
+                    return other.detach()[:1], 0
+    gone = torch.full(shape, float("nan"), dtype=parameter.dtype, device=device)
+    return gone, gone.numel() * gone.element_size()
 
 
 def set_parameter(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:

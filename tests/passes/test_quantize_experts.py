@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations import moe as moe  # registers transformers::grouped_mm_fallback
 
-from graphopt import Quantize, load_quantized, save_quantized
+from graphopt import Quantize, load_quantized, release_weights, save_quantized
 from graphopt.backend import graphopt as backend
+from graphopt.errors import WeightsReleasedError
 from graphopt.options import Options
 from graphopt.passes import PIPELINE, lossy
 from graphopt.pipeline import arrange, describe
@@ -100,13 +101,18 @@ def test_any_division_of_the_rows(counts: list[int], behind: int) -> None:
     torch.testing.assert_close(operations.quantized_grouped_linear(x, packed, ends, "int8-g64"), want)
 
 
-@pytest.mark.parametrize("target", ("reference", "cpu"))
-def test_a_mixtral_answers_within_the_error_of_its_scheme(target: str) -> None:
+def mixtral() -> MixtralForCausalLM:
     config = MixtralConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4,
     )  # fmt: skip
-    model = MixtralForCausalLM(config).eval()
+    torch.manual_seed(0)
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("target", ("reference", "cpu"))
+def test_a_mixtral_answers_within_the_error_of_its_scheme(target: str) -> None:
+    model = mixtral()
     run = compiled(model, target, scheme="int8")
     with torch.no_grad():
         for length in (7, 5):
@@ -126,6 +132,62 @@ def test_saved_experts_are_not_packed_again(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(schemes.Scheme, "pack", None)
         run = torch.compile(model, backend=backend, options={"quantize": quantize, "target": "reference"})
         assert torch.equal(run(x, ENDS), answer)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_released_experts_are_gone_and_answers_stay(dtype: torch.dtype) -> None:
+    model, ids = mixtral().to(dtype), torch.arange(7)[None] + 3
+    run = compiled(model, scheme="int8")
+    stacks = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    with torch.no_grad():
+        before = run(input_ids=ids).logits
+        whole = sum(parameter.numel() for name, parameter in model.named_parameters() if name in stacks)
+        report = release_weights(model)
+        assert set(stacks) < set(report.released)
+        assert {reason for _, reason in report.kept} == {"it is also used by MixtralTopKRouter"}
+        # One expert of each shape is left, and one number of each row of a linear.
+        rows = sum(weight.shape[0] for name in report.released if (weight := model.get_parameter(name)).dim() == 2)
+        matrices = sum(weight.numel() for name in report.released if (weight := model.get_parameter(name)).dim() == 2)
+        assert report.freed == (whole - whole // 8 + matrices - rows) * dtype.itemsize
+        assert torch.equal(run(input_ids=ids).logits, before)
+        assert run(input_ids=ids[:, :5]).logits.isfinite().all()
+        with pytest.raises(WeightsReleasedError, match="was released"):
+            model(input_ids=ids)
+        with pytest.raises(WeightsReleasedError, match="'gate_up_proj' of this MixtralExperts was released"):
+            model.model.layers[0].mlp.experts.state_dict()
+        assert model.get_parameter(stacks[0]).isnan().all()
+        with pytest.raises(RuntimeError, match="single memory location"):
+            model.get_parameter(stacks[0]).copy_(torch.ones(4, 192, 64))
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="WeightsReleasedError: .*down_proj was released, but .* reads it"):
+            compiled(model, scheme="int8", skip="down_proj")(input_ids=ids)
+
+
+def test_released_experts_are_saved_and_loaded_without_weights(tmp_path: Path) -> None:
+    model, ids = mixtral(), torch.arange(7)[None] + 3
+    with torch.no_grad():
+        answer = compiled(model, scheme="int8")(input_ids=ids).logits
+        release_weights(model)
+        save_quantized(model, tmp_path, "int8")
+        packs.refresh()
+        torch._dynamo.reset()
+        with torch.device("meta"):
+            empty = mixtral()
+        quantize = load_quantized(empty, tmp_path)
+        run = torch.compile(empty, backend=backend, options={"quantize": quantize, "target": "reference"})
+        assert torch.equal(run(input_ids=ids).logits, answer)
+
+
+def test_a_single_expert_is_kept() -> None:
+    class Alone(Mixture):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, N, K))
+
+    model = Alone()
+    with torch.no_grad():
+        compiled(model, scheme="int8")(torch.randn(6, K), torch.tensor([4]))
+    assert release_weights(model).kept == (("weight", "it holds one expert only"),)
 
 
 def test_brain_floats_go_by_the_grouped_product_of_torch() -> None:

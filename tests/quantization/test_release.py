@@ -46,7 +46,7 @@ def released(request: pytest.FixtureRequest):
 
 def test_compiled_answers_stay_and_memory_goes(released) -> None:
     model, program, before, report = released
-    assert report.released == ("mix.weight", "head.weight") and report.freed == (64 * 64 + 64 * 80) * 4
+    assert report.released == ("mix.weight", "head.weight") and report.freed == (64 + 80) * (64 - 1) * 4
     assert "released 2 weights" in str(report)
     assert is_released(model.mix.weight) and model.mix.weight.untyped_storage().nbytes() == 64 * 4
     with torch.no_grad():
@@ -64,6 +64,21 @@ def test_every_other_use_is_an_error_or_nan(released) -> None:
     torch._dynamo.reset()
     with pytest.raises(WeightsReleasedError, match=r"no pack as 'int4-g32'"), torch.no_grad():
         compiled(model, "int4")(IDS)
+
+
+def test_a_graph_that_reads_a_released_weight_is_not_compiled(released) -> None:
+    model, program, before, _ = released
+    for options in ({}, {"quantize": Quantize("int8", skip="mix")}):
+        torch._dynamo.reset()
+        plain = torch.compile(model, backend=backend, options={"target": "reference", **options})
+        message = "WeightsReleasedError: mix.weight was released, but graphopt.linear.default in this graph reads it"
+        with pytest.raises(RuntimeError, match=message), torch.no_grad():
+            plain(IDS)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="WeightsReleasedError: .*without gradients"):
+        compiled(model)(IDS)
+    with torch.no_grad():
+        assert torch.equal(program(IDS), before)
 
 
 def test_new_weights_end_the_release(released) -> None:
