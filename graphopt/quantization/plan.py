@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graphopt import _compat
 from graphopt.errors import OptionError
-from graphopt.quantization import rounding, schemes
+from graphopt.quantization import operations, rounding, schemes
 from graphopt.quantization.calibration import Calibration, Inputs
 from graphopt.quantize_options import Quantize
 from graphopt.runtime import packs
@@ -78,19 +78,22 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight to plan for. transposed: kept as [K, N]. lm_head: whether it scores the vocabulary."""
+    """A weight to plan for, [N, K], or experts, [E, N, K]. transposed: kept as [K, N]. lm_head: whether it scores the
+    vocabulary. reason: why it cannot be quantised.
+    """
 
     name: str
     tensor: Tensor
     transposed: bool = False
     lm_head: bool = False
+    reason: str = ""
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> Plan:
     """What quantising `model` costs and saves, weight by weight; for "auto" the schemes are chosen here.
 
-    Seen are the weights of `nn.Linear` and those whose inputs the calibration has recorded. Raises
-    OptionError if there is none.
+    Seen are the weights of `nn.Linear`, those whose inputs the calibration has recorded, and the experts of mixtures
+    that transformers can multiply with their own tokens. Raises OptionError if there is none.
     """
     weights = list(_weights_of(model, _calibration(quantize)))
     if not weights:
@@ -106,6 +109,8 @@ def plan_weights(weights: Sequence[Weight], quantize: Quantize) -> Plan:
     layers, chosen = [], []
     for weight in weights:
         scheme, reason = choose(quantize, weight.name, weight.lm_head, assigned)
+        if weight.reason:
+            scheme, reason = None, weight.reason
         if scheme is not None and not scheme.can_pack(weight.tensor):
             reason, scheme = f"it holds infinities, NaN or values too large for {scheme.name}", None
         layers.append(_layer(weight, scheme, quantize, reason))
@@ -147,7 +152,11 @@ def _weights_of(model: torch.nn.Module, calibration: Calibration | None) -> Iter
         if isinstance(module, torch.nn.Linear)
     }
     seen: set[int] = set()
+    stacks = _experts_of(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in stacks and id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield Weight(name, parameter, stacks[id(parameter)], reason=why_not_experts(parameter.device))
         inputs = calibration.find(name) if calibration is not None else None
         if parameter.dim() != 2 or id(parameter) in seen or (id(parameter) not in linears and inputs is None):
             continue
@@ -158,11 +167,28 @@ def _weights_of(model: torch.nn.Module, calibration: Calibration | None) -> Iter
         yield Weight(name, parameter, transposed, rows in vocabularies)
 
 
+def _experts_of(model: torch.nn.Module) -> dict[int, bool]:
+    """Whether they are kept as [E, K, N], by the identity of the experts in modules with transformers' "experts
+    implementation", which all say so."""
+    return {
+        id(parameter): bool(module.is_transposed)
+        for module in model.modules()
+        if isinstance(getattr(module, "is_transposed", None), bool)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def why_not_experts(device: torch.device) -> str:
+    """Why products with experts on a device are not quantised; "" if they are."""
+    return "" if device.type == "cpu" else f"grouped products are quantised on the CPU only, not on {device.type}"
+
+
 def _layer(weight: Weight, scheme: schemes.Scheme | None, quantize: Quantize, reason: str) -> Layer:
     before = weight.tensor.numel() * weight.tensor.element_size()
     if scheme is None:
         return Layer(weight.name, "", before, before, reason=reason)
-    rows, columns = reversed(weight.tensor.shape) if weight.transposed else weight.tensor.shape
+    rows, columns = operations.matrix(weight.tensor.shape, transposed=weight.transposed)
     of_weight, of_output = _errors(weight, scheme, quantize)
     return Layer(weight.name, scheme.name, before, scheme.nbytes(rows, columns), of_weight, of_output)
 
@@ -189,7 +215,7 @@ def _measured(weight: Tensor, scheme: str, inputs_name: str, *, transposed: bool
     """Relative errors of the weight and of the output on the calibration's rows; kept until the weight
     changes."""
     how = schemes.named(scheme)
-    matrix = (weight.t() if transposed else weight).detach().float()
+    matrix = (weight.mT if transposed else weight).detach().flatten(0, -2).float()
     inputs = rounding.inputs_of(inputs_name) if inputs_name else None
     rounded = rounding.approximated(matrix, how, inputs, inputs_name.partition(":")[0])
     difference = rounded - matrix
@@ -216,7 +242,8 @@ def _solve(weights: Sequence[Weight], quantize: Quantize) -> dict[str, str]:
         for name in CANDIDATES:
             scheme = schemes.named(name)
             if (
-                (weight.lm_head and quantize.lm_head is False)
+                weight.reason
+                or (weight.lm_head and quantize.lm_head is False)
                 or quantize.wants(weight.name)
                 or not scheme.can_pack(weight.tensor)
             ):

@@ -12,34 +12,28 @@ also be kept as [E, K, N]. Codes are the nearest ones: calibrations know linears
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 from torch import fx
 
 from graphopt import edit, views
-from graphopt.passes.quantize import packable
+from graphopt.passes.quantize import packable, planned
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan
-from graphopt.quantization.names import weight_name
-from graphopt.quantization.schemes import Scheme
 from graphopt.quantize_options import Quantize
 
 INT8 = Quantize("int8")
-_PRODUCTS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
 @graph_pass(exactness="lossy", stage="quantize", training=False, after="quantize_embeddings")
 def quantize_experts(graph_module: fx.GraphModule, *, quantize: Quantize = INT8) -> int:
     """Replace grouped products with weights by `graphopt.quantized_grouped_linear` where the options ask for it."""
     count = 0
-    for node in list(graph_module.graph.nodes):
-        if str(node.target) not in _PRODUCTS:
-            continue
-        x, experts, ends = _operands(node)
-        weight = views.root(experts)
-        name = weight_name(weight.meta.get("source", ""))
-        scheme, reason = plan.choose(quantize, name, False, dict(quantize.assigned))
-        reason = reason or _why_not(node, scheme)
+    assigned = planned.assigned(graph_module, quantize)
+    for node in planned.grouped_products(graph_module):
+        x, experts, ends = planned.operands(node)
+        weight, name = views.root(experts), planned.name_of(experts)
+        scheme, reason = plan.choose(quantize, name, False, assigned)
+        reason = reason or planned.why_not(node) or packable.why_not(experts, scheme, transposed=True)
         if scheme is None or reason:
             edit.refuse(node, f"{name}: {reason}" if name else reason)
             continue
@@ -52,21 +46,3 @@ def quantize_experts(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
             rewrite.replace(node, rewrite.call(operations.quantized_grouped_linear, x, parts, ends, scheme.name))
         count += rewrite.applied
     return count
-
-
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
-    """x [S, K], the experts [E, K, N] and the row behind the last of each expert, None if there is none."""
-    x, experts, *more = node.args
-    assert isinstance(x, fx.Node) and isinstance(experts, fx.Node)
-    return x, experts, more[0] if more else node.kwargs.get("offs")
-
-
-def _why_not(node: fx.Node, scheme: Scheme | None) -> str:
-    x, experts, ends = _operands(node)
-    given = x.meta["val"]
-    more = [*node.args[3:], *(argument for name, argument in node.kwargs.items() if name != "offs")]
-    if given.dim() != 2 or experts.meta["val"].dim() != 3 or ends is None or any(other is not None for other in more):
-        return "it is no product of rows [S, K], sorted by expert, with experts [E, K, N]"
-    if given.device.type != "cpu":
-        return f"grouped products are quantised on the CPU only, not on {given.device.type}"
-    return packable.why_not(experts, scheme, transposed=True)

@@ -20,30 +20,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import capture, edit, ops, views
-from graphopt.passes.quantize import packable
+from graphopt import edit, views
+from graphopt.passes.quantize import packable, planned
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan, rounding
-from graphopt.quantization.names import weight_name
 from graphopt.quantization.schemes import Scheme
 from graphopt.quantize_options import Quantize
 
-aten = torch.ops.aten
 INT8 = Quantize("int8")
 
 
 @graph_pass(exactness="lossy", stage="quantize", training=False)
 def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8) -> int:
     """Replace `graphopt.linear` by `graphopt.quantized_linear` where the options ask for it."""
-    linears = [node for node in graph_module.graph.nodes if node.target is ops.linear]
-    heads = _lm_heads(graph_module, linears)
-    assigned = dict(quantize.assigned)
-    if quantize.scheme == "auto" and not assigned:
-        assigned = dict(plan.plan_weights(_weights(linears, heads), quantize).quantize.assigned)
+    heads, assigned = planned.lm_heads(graph_module), planned.assigned(graph_module, quantize)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in linears:
+    for node in planned.linears(graph_module):
         x, weight, *bias = _arguments(node)
-        name = _name(weight)
+        name = planned.name_of(weight)
         scheme, reason = plan.choose(quantize, name, node in heads, assigned)
         reason = reason or packable.why_not(weight, scheme)
         if scheme is None or reason:
@@ -63,28 +57,13 @@ def _arguments(linear: fx.Node) -> tuple[Any, ...]:
     return linear.args
 
 
-def _name(weight: fx.Node) -> str:
-    return weight_name(views.root(weight).meta.get("source", ""))
-
-
-def _weights(linears: Sequence[fx.Node], heads: set[fx.Node]) -> list[plan.Weight]:
-    """The weights that may be quantised and are at hand, each once, for the solver."""
-    found = {}
-    for node in linears:
-        weight = _arguments(node)[1]
-        tensor = capture.weight_tensor(views.root(weight))
-        if tensor is not None and not packable.why_not(weight, None):
-            found[_name(weight)] = plan.Weight(_name(weight), tensor, packable.is_turned(weight), node in heads)
-    return list(found.values())
-
-
 def _rewrite(
     graph_module: fx.GraphModule, group: Sequence[fx.Node], scheme: Scheme, quantize: Quantize, calibrated: bool
 ) -> int:
     """Rewrite linears of one input; only those that share a scale for its channels come together."""
     weights = [_arguments(node)[1] for node in group]
     keywords: dict[str, Any] = {"transposed": True} if packable.is_turned(weights[0]) else {}
-    spelled = plan.spelled(quantize, _name(weights[0])) if calibrated else ""
+    spelled = plan.spelled(quantize, planned.name_of(weights[0])) if calibrated else ""
     with edit.rewriting(graph_module, group[0]) as rewrite:
         x, scale = _arguments(group[0])[0], None
         if spelled and quantize.rounding in rounding.SCALED:
@@ -104,15 +83,3 @@ def _rewrite(
 
 def _scaled(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     return (x * inverse).to(x.dtype)
-
-
-def _lm_heads(graph_module: fx.GraphModule, linears: list[fx.Node]) -> set[fx.Node]:
-    """The linears that score a vocabulary: no linear follows, and they have as many rows as an embedding
-    table."""
-    nodes = list(graph_module.graph.nodes)
-    tables = {_arguments(node)[0].meta["val"].shape[0] for node in nodes if node.target is aten.embedding.default}
-    feeding: set[fx.Node] = set()
-    for node in reversed(nodes):
-        if any(user.target is ops.linear or user in feeding for user in node.users):
-            feeding.add(node)
-    return {node for node in linears if node not in feeding and _arguments(node)[1].meta["val"].shape[0] in tables}

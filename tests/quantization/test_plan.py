@@ -126,6 +126,43 @@ def test_budgets_are_validated(arguments: dict[str, object], message: str) -> No
         Quantize(**arguments)  # type: ignore[arg-type]
 
 
+def test_experts_share_the_budget() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    mixture = MixtralForCausalLM(config).eval()
+    stacks = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    asked = Quantize("auto", max_error=0.03)
+    found = graphopt.plan(mixture, asked)
+    layers = {layer.name: layer for layer in found.layers}
+    up = layers[stacks[0]]
+    assert up.scheme and up.bytes_before == 4 * 192 * 64 * 4
+    assert up.bytes_after == schemes.named(up.scheme).nbytes(4 * 192, 64) and 0 < up.weight_error < 0.2
+    assert math.sqrt(sum(layer.weight_error**2 for layer in found.layers) / len(layers)) <= 0.03 * (1 + 1e-6)
+    # The same names take part where the graph is planned; there the router, no nn.Linear, has a share as well.
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        report = graphopt.explain(mixture, ids, options={"quantize": asked, "target": "reference"})
+        rewrites = {ran.name: ran.rewrites for ran in report.graphs[0].passes}
+        assert rewrites["quantize_experts"] == 2
+        given = {"quantize": found.quantize, "target": "reference"}
+        ran = {entry.name: entry for entry in graphopt.explain(mixture, ids, options=given).graphs[0].passes}
+        assert ran["quantize_experts"].rewrites == sum(bool(layers[name].scheme) for name in stacks)
+    # A row that no code can hold leaves its experts as they are.
+    with torch.no_grad():
+        mixture.get_parameter(stacks[0])[1, 3, 5] = float("nan")
+    layers = {layer.name: layer for layer in graphopt.plan(mixture, Quantize("int8")).layers}
+    assert "infinities" in layers[stacks[0]].reason and layers[stacks[1]].scheme == "int8-g64"
+    elsewhere = graphopt.plan(mixture.to("meta"), Quantize("int8", skip="proj.weight|lm_head")).layers
+    assert {layer.reason for layer in elsewhere if layer.name in stacks} == {
+        "grouped products are quantised on the CPU only, not on meta"
+    }
+
+
 def test_a_model_without_linears_is_an_error() -> None:
     with pytest.raises(OptionError, match="no linear weight"):
         graphopt.plan(nn.ReLU(), Quantize("int8"))

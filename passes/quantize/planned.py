@@ -1,0 +1,97 @@
+"""Which weights of a graph meet quantised operations, and one plan for all of them.
+
+Under `Quantize("auto")` linears and experts share one budget, so that the pass which runs first solves for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt import capture, ops, views
+from graphopt.passes.quantize import packable
+from graphopt.quantization import plan
+from graphopt.quantization.names import weight_name
+from graphopt.quantize_options import Quantize
+
+GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+_PLANNED = "graphopt.planned"
+
+
+def assigned(graph_module: fx.GraphModule, quantize: Quantize) -> dict[str, str]:
+    """The scheme of each weight by name: as the options say it, or, under "auto", as solved for this graph."""
+    if quantize.scheme != "auto" or quantize.assigned:
+        return dict(quantize.assigned)
+    known: tuple[Quantize, dict[str, str]] | None = graph_module.meta.get(_PLANNED)
+    if known is None or known[0] != quantize:
+        weights = list({weight.name: weight for weight in _weights(graph_module)}.values())
+        found = dict(plan.plan_weights(weights, quantize).quantize.assigned) if weights else {}
+        graph_module.meta[_PLANNED] = known = quantize, found
+    return known[1]
+
+
+def name_of(used: fx.Node) -> str:
+    """The dotted name of the weight that a node reads, "" if it has none."""
+    return weight_name(views.root(used).meta.get("source", ""))
+
+
+def linears(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The linears of a graph."""
+    return [node for node in graph_module.graph.nodes if node.target is ops.linear]
+
+
+def grouped_products(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that multiply rows with the matrix of their group."""
+    return [node for node in graph_module.graph.nodes if str(node.target) in GROUPED]
+
+
+def operands(product: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
+    """Of a grouped product: x [S, K], the experts [E, K, N] and the row behind the last of each expert, or None."""
+    x, experts, *more = product.args
+    assert isinstance(x, fx.Node) and isinstance(experts, fx.Node)
+    return x, experts, more[0] if more else product.kwargs.get("offs")
+
+
+def why_not(product: fx.Node) -> str:
+    """Why a grouped product has no quantised form, whatever its experts hold; "" if it has one."""
+    x, experts, ends = operands(product)
+    given = x.meta["val"]
+    more = [*product.args[3:], *(argument for name, argument in product.kwargs.items() if name != "offs")]
+    if given.dim() != 2 or experts.meta["val"].dim() != 3 or ends is None or any(other is not None for other in more):
+        return "it is no product of rows [S, K], sorted by expert, with experts [E, K, N]"
+    return plan.why_not_experts(given.device)
+
+
+def lm_heads(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The linears that score a vocabulary: no linear follows, and they have as many rows as an embedding table."""
+    nodes = list(graph_module.graph.nodes)
+    look_ups = [_arguments(node)[0] for node in nodes if node.target is torch.ops.aten.embedding.default]
+    tables = {table.meta["val"].shape[0] for table in look_ups}
+    feeding: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if any(user.target is ops.linear or user in feeding for user in node.users):
+            feeding.add(node)
+    found = (node for node in linears(graph_module) if node not in feeding)
+    return {node for node in found if _arguments(node)[1].meta["val"].shape[0] in tables}
+
+
+def _weights(graph_module: fx.GraphModule) -> Iterator[plan.Weight]:
+    """The weights that may be quantised and are at hand."""
+    heads = lm_heads(graph_module)
+    for node in linears(graph_module):
+        used = _arguments(node)[1]
+        tensor = capture.weight_tensor(views.root(used))
+        if tensor is not None and not packable.why_not(used, None):
+            yield plan.Weight(name_of(used), tensor, packable.is_turned(used), node in heads)
+    for node in grouped_products(graph_module):
+        experts = operands(node)[1]
+        tensor = capture.weight_tensor(views.root(experts))
+        if tensor is not None and not why_not(node) and not packable.why_not(experts, None, transposed=True):
+            yield plan.Weight(name_of(experts), tensor, views.root(experts) is experts)
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
