@@ -24,7 +24,7 @@ from graphopt.quantization.calibration import Calibration, Inputs
 from graphopt.quantize_options import Quantize
 from graphopt.runtime import packs
 
-CANDIDATES = ("int4-g128", "int4-g64", "int4-g32", "int8", "int8-g64")
+CANDIDATES = ("int4-g128", "int4-g64", "q4_k", "int4-g32", "int8", "int8-g64")
 """What `auto` chooses from, besides leaving a weight as it is."""
 
 
