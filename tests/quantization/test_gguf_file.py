@@ -152,6 +152,64 @@ def test_a_mixture_of_kinds_keeps_what_has_a_scheme(tmp_path: Path) -> None:
     assert both.assigned == ((taken, "q4_k"),) and both.scheme == "int8" and both.reasons == ()
 
 
+def write_whole(path: Path) -> None:
+    """A Llama of kinds as in a "Q4_K_M" file, with all that transformers wants to read."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(512)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(64)
+    writer.add_vocab_size(64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{index}" for index in range(64)])
+    writer.add_token_merges([])
+    shapes = {
+        "attn_q": (256, 256, "Q4_K"), "attn_k": (128, 256, "Q4_K"), "attn_v": (128, 256, "Q6_K"),
+        "attn_output": (256, 256, "Q4_K"), "ffn_gate": (512, 256, "Q4_K"), "ffn_up": (512, 256, "Q4_K"),
+        "ffn_down": (256, 512, "Q5_K"),
+    }  # fmt: skip
+    tensors = {"token_embd": (64, 256, "Q6_K"), "output": (64, 256, "Q6_K")}
+    tensors |= {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for seed, (name, shape) in enumerate(tensors.items()):
+        blocks = blocks_of(*shape, seed=seed)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[shape[2]])
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(256, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.usefixtures("cpp_library")
+def test_what_transformers_reads_runs_by_the_kernels(tmp_path: Path) -> None:
+    from transformers import GgufConfig, LlamaForCausalLM
+
+    path, ids = tmp_path / "model.gguf", torch.arange(9)[None]
+    write_whole(path)
+    plain = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **plain).eval()
+    quantize = graphopt.load_gguf(model, path)
+    # Rows of query and key stand in another order in the file.
+    kept = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    names = {f"model.layers.0.{name}.weight" for name in kept}
+    assert {name for name, scheme in quantize.assigned if scheme == "q4_k"} == names
+    assert len(quantize.reasons) == 4
+    with torch.no_grad():
+        expected = model(ids).logits
+        report = graphopt.explain(model, ids, options={"quantize": quantize, "target": "cpu"})
+        graphopt.release_weights(model)
+        program = torch.compile(model, backend=backend, options={"quantize": quantize, "target": "cpu"})
+        torch.testing.assert_close(program(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(program(ids[:, :1]).logits, expected[:, :1], rtol=1e-3, atol=1e-3)
+    chosen = [choice for choice in report.graphs[0].lowerings if "quantized" in choice.op]
+    assert {choice.lowering for choice in chosen} == {"cpp.quantized_linear", "cpp.parallel_quantized_linear"}
+
+
 def test_a_file_without_any_scheme_is_no_error(tmp_path: Path) -> None:
     model, path = make(256), tmp_path / "model.gguf"
     write(path, model, "Q6_K")
