@@ -195,6 +195,7 @@ def test_training_graphs_are_left_alone() -> None:
     [
         *((scheme, "reference") for scheme in SCHEMES),
         ("int4", "auto"),
+        ("q4_k", "triton"),
         *(pytest.param(scheme, "cpu", marks=pytest.mark.slow) for scheme in SCHEMES if scheme != "int4"),
     ],
 )
