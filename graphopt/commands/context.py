@@ -185,19 +185,20 @@ def table(result: ContextResult) -> Table:
 
 
 def plot(result: ContextResult, path: Path) -> None:
-    """Draw the medians over the context length, and the floor above graphopt's (or the last system's) first value."""
+    """Draw the medians over the context length, and the floor above the cheapest system's first value."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure, axis = pyplot.subplots(figsize=(8, 4))
     for curve in result.curves:
         axis.plot(list(curve.milliseconds), list(curve.milliseconds.values()), marker="o", label=curve.system)
-    lengths, first = list(result.cache_bytes), next(iter(result.curves[-1].milliseconds.values()))
+    lengths = list(result.cache_bytes)
+    first = min(curve.milliseconds[lengths[0]] for curve in result.curves)
     axis.plot([lengths[0], lengths[-1]], [first, first + result.floor], "--", color="grey", label="reading the cache")
-    axis.set(xlabel="tokens in the cache", ylabel="ms a token", title=f"{result.model}, {result.dtype}", ylim=(0, None))
-    axis.legend(fontsize=8)
+    axis.set(xlabel="tokens in the cache", ylabel="ms a token", title=f"{result.model}, {result.dtype}", yscale="log")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
