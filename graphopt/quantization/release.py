@@ -133,7 +133,7 @@ def _nothing(parameter: Tensor) -> tuple[Tensor, int]:
     if parameter.dim() == 3:
         # Products with experts want their last two dimensions to lie as those of any matrix: one expert serves all.
         shape = (1, *parameter.shape[1:])
-        for reference in _released.values():
+        for reference in tuple(_released.values()):
             other = reference()
             if other is not None and other.dim() == 3 and is_released(other) and other.dtype == parameter.dtype:
                 if other.shape[1:] == parameter.shape[1:] and other.device == device:
