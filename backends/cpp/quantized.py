@@ -67,17 +67,17 @@ def _linear(node: fx.Node) -> str | None:
 def _grouped(node: fx.Node) -> str | None:
     given = arguments(node)
     unfit = unsupported_reason(given["x"].meta["val"], _values(given["packed"]), [], given["scheme"])
-    return _no_places(given["ends"]) or unfit
+    return _unfit_places(given["ends"]) or unfit
 
 
 def _embedding(node: fx.Node) -> str | None:
     given = arguments(node)
     if given["dtype"] not in operands.DTYPES:
         return f"dtype {operands.name(given['dtype'])} is none of {', '.join(map(operands.name, operands.DTYPES))}"
-    return _no_places(given["indices"]) or _unfit(_values(given["packed"]), given["scheme"])
+    return _unfit_places(given["indices"]) or _unfit(_values(given["packed"]), given["scheme"])
 
 
-def _no_places(node: fx.Node) -> str | None:
+def _unfit_places(node: fx.Node) -> str | None:
     places = node.meta["val"]
     if places.device.type != "cpu" or places.dtype not in (torch.int32, torch.int64):
         return f"places of {operands.name(places.dtype)} on {places.device.type}"

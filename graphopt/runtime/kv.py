@@ -60,14 +60,15 @@ class Buffer(ctypes.Structure):
         self.strides = (*strides[:dim], row, *strides[dim:])
 
 
-def reserve_many(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+def reserve_many(calls: list[tuple[Any, ...]]) -> list[Tensor]:
     """`reserve` with each of the given arguments; a model has two caches for each layer."""
-    told = [(*call, None) if len(call) == 3 else call for call in calls]
-    views: list[Tensor | None] = [None] * len(told)
+    views: list[Tensor | None] = [None] * len(calls)
     if _compiled:
         with _lock:
-            views = _compiled[0](told)
-    return [_reserve(*call) if view is None else _marked(view, call[2]) for view, call in zip(views, told, strict=True)]
+            views = _compiled[0](calls)
+    return [
+        _reserve(*call) if view is None else _marked(view, call[2]) for view, call in zip(views, calls, strict=True)
+    ]
 
 
 def reserve_with(function: Callable[[list[tuple[Any, ...]]], list[Tensor | None]]) -> None:
@@ -86,7 +87,7 @@ def reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> 
     return reserve_many([(past, count, dim, capacity)])[0]
 
 
-def _reserve(past: Tensor, count: int, dim: int, capacity: int | None) -> Tensor:
+def _reserve(past: Tensor, count: int, dim: int, capacity: int | None = None) -> Tensor:
     length = past.shape[dim]
     ops.check_capacity(length + count, capacity)
     base = past._base

@@ -29,7 +29,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
 }
 _INTEGERS = tuple(function for function in _ARITHMETIC.values() if function is not operator.getitem)
 _call_time: dict[str, Callable[..., Any]] = {}
-_together: dict[str, Callable[[Sequence[tuple[Any, ...]]], list[Any]]] = {}
+_together: dict[str, Callable[[list[tuple[Any, ...]]], list[Any]]] = {}
 _packing: set[str] = set()
 
 
@@ -37,7 +37,7 @@ def call_time(
     op: torch._ops.OpOverload,
     *,
     packs_weights: bool = False,
-    together: Callable[[Sequence[tuple[Any, ...]]], list[Any]] | None = None,
+    together: Callable[[list[tuple[Any, ...]]], list[Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a function to be how `op` runs at call time; `hoist` moves nodes of `op` out of graphs.
 
@@ -165,14 +165,16 @@ class Prologue:
     def _runs(self, numbers: Sequence[int], count: int) -> tuple[tuple[int, ...], ...]:
         """The steps in their order, with those in one run that follow each other and can be done together."""
         runs: list[list[int]] = []
+        function = ""  # that the steps of the last run share, if there can be more of them
         for number in numbers:
-            step, before = self.steps[number], self.steps[runs[-1][-1]] if runs else None
-            alike = before is not None and (before.function, before.kwargs, ()) == (step.function, (), step.kwargs)
+            step = self.steps[number]
+            alone = step.kwargs or step.function not in _together
             reads = max(_inputs_of(step.args), default=-1)
-            if step.function in _together and alike and reads < count + runs[-1][0]:
+            if step.function == function and not alone and reads < count + runs[-1][0]:
                 runs[-1].append(number)
             else:
                 runs.append([number])
+            function = "" if alone else step.function
         return tuple(map(tuple, runs))
 
 

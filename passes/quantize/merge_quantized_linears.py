@@ -13,11 +13,11 @@ is not made from a weight of the model, stays out: it might need the result of a
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 from torch import fx
 
 from graphopt import edit, views
+from graphopt.passes.quantize import planned
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations
 
@@ -30,17 +30,12 @@ def merge_quantized_linears(graph_module: fx.GraphModule) -> int:
     for node in graph_module.graph.nodes:
         if node.target is not operations.quantized_linear:
             continue
-        x, parts, bias, scheme = _arguments(node)
+        x, parts, bias, scheme = planned.arguments(node)
         if (bias is None or bias.op == "placeholder") and all(map(_is_made_from_a_weight, parts)):
             groups.setdefault((x, scheme), []).append(node)
         else:
             edit.refuse(node, "its weight or bias is computed in the graph")
     return sum(_merge(graph_module, group) for group in groups.values() if len(group) > 1)
-
-
-def _arguments(linear: fx.Node) -> tuple[Any, ...]:
-    """x, packed weight, bias or None, scheme."""
-    return linear.args
 
 
 def _is_made_from_a_weight(part: fx.Node) -> bool:
@@ -52,12 +47,12 @@ def _is_made_from_a_weight(part: fx.Node) -> bool:
 
 def _merge(graph_module: fx.GraphModule, group: list[fx.Node]) -> int:
     first = group[0]
-    x, _, _, scheme = _arguments(first)
-    parts = [part for node in group for part in _arguments(node)[1]]
+    x, _, _, scheme = planned.arguments(first)
+    parts = [part for node in group for part in planned.arguments(node)[1]]
     for ready in _in_order(graph_module, parts):
         first.prepend(ready)
     with edit.rewriting(graph_module, first) as rewrite:
-        biases = [_arguments(node)[2] for node in group]
+        biases = [planned.arguments(node)[2] for node in group]
         merged = rewrite.call(operations.parallel_quantized_linear, x, parts, biases, scheme)
         for index, node in enumerate(group):
             rewrite.replace(node, rewrite.call(operator.getitem, merged, index))

@@ -68,21 +68,21 @@ def why_not(product: fx.Node) -> str:
 def lm_heads(graph_module: fx.GraphModule) -> set[fx.Node]:
     """The linears that score a vocabulary: no linear follows, and they have as many rows as an embedding table."""
     nodes = list(graph_module.graph.nodes)
-    look_ups = [_arguments(node)[0] for node in nodes if node.target is torch.ops.aten.embedding.default]
+    look_ups = [arguments(node)[0] for node in nodes if node.target is torch.ops.aten.embedding.default]
     tables = {table.meta["val"].shape[0] for table in look_ups}
     feeding: set[fx.Node] = set()
     for node in reversed(nodes):
         if any(user.target is ops.linear or user in feeding for user in node.users):
             feeding.add(node)
     found = (node for node in linears(graph_module) if node not in feeding)
-    return {node for node in found if _arguments(node)[1].meta["val"].shape[0] in tables}
+    return {node for node in found if arguments(node)[1].meta["val"].shape[0] in tables}
 
 
 def _weights(graph_module: fx.GraphModule) -> Iterator[plan.Weight]:
     """The weights that may be quantised and are at hand."""
     heads = lm_heads(graph_module)
     for node in linears(graph_module):
-        used = _arguments(node)[1]
+        used = arguments(node)[1]
         tensor = capture.weight_tensor(views.root(used))
         if tensor is not None and not packable.why_not(used, None):
             yield plan.Weight(name_of(used), tensor, packable.is_turned(used), node in heads)
@@ -93,5 +93,7 @@ def _weights(graph_module: fx.GraphModule) -> Iterator[plan.Weight]:
             yield plan.Weight(name_of(experts), tensor, views.root(experts) is experts)
 
 
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Of a linear x, weight and, if it has one, bias; of a quantised one x, the packed weight, bias or None and scheme;
+    of a look-up the table and the indices; of a packing the weight and the scheme."""
     return node.args

@@ -12,16 +12,14 @@ that is also the weight of a quantised linear (tied) takes that linear's scheme,
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt import edit, views
-from graphopt.passes.quantize import packable
+from graphopt.passes.quantize import packable, planned
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan, schemes
-from graphopt.quantization.names import weight_name
 from graphopt.quantize_options import Quantize
 
 aten = torch.ops.aten
@@ -35,8 +33,8 @@ def quantize_embeddings(graph_module: fx.GraphModule, *, quantize: Quantize = IN
     for node in list(graph_module.graph.nodes):
         if node.target is not aten.embedding.default or not quantize.embeddings:
             continue
-        table, indices, *_ = _arguments(node)
-        name = weight_name(table.meta.get("source", ""))
+        table, indices, *_ = planned.arguments(node)
+        name = planned.name_of(table)
         scheme, reason = _tied_scheme(table) or plan.choose(quantize, name, False, dict(quantize.assigned))
         reason = reason or _why_not(table, scheme)
         if scheme is None or reason:
@@ -54,16 +52,12 @@ def quantize_embeddings(graph_module: fx.GraphModule, *, quantize: Quantize = IN
     return count
 
 
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
-
-
 def _tied_scheme(table: fx.Node) -> tuple[schemes.Scheme, str] | None:
     """The scheme in which a linear reads the same table, if one does and its pack is the plain one."""
     for user in table.users:
         plain = user.target is operations.quantize_weight and len(user.args) > 2 and user.args[2] is None
         if plain and not user.kwargs:
-            return schemes.named(_arguments(user)[1]), ""
+            return schemes.named(planned.arguments(user)[1]), ""
     return None
 
 

@@ -36,7 +36,7 @@ def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
     heads, assigned = planned.lm_heads(graph_module), planned.assigned(graph_module, quantize)
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in planned.linears(graph_module):
-        x, weight, *bias = _arguments(node)
+        x, weight, *bias = planned.arguments(node)
         name = planned.name_of(weight)
         scheme, reason = plan.choose(quantize, name, node in heads, assigned)
         reason = reason or packable.why_not(weight, scheme)
@@ -52,20 +52,15 @@ def quantize_linears(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
     return sum(_rewrite(graph_module, group, key[1], quantize, key[3]) for key, group in groups.items())
 
 
-def _arguments(linear: fx.Node) -> tuple[Any, ...]:
-    """x, weight and, if it has one, bias."""
-    return linear.args
-
-
 def _rewrite(
     graph_module: fx.GraphModule, group: Sequence[fx.Node], scheme: Scheme, quantize: Quantize, calibrated: bool
 ) -> int:
     """Rewrite linears of one input; only those that share a scale for its channels come together."""
-    weights = [_arguments(node)[1] for node in group]
+    weights = [planned.arguments(node)[1] for node in group]
     keywords: dict[str, Any] = {"transposed": True} if packable.is_turned(weights[0]) else {}
     spelled = plan.spelled(quantize, planned.name_of(weights[0])) if calibrated else ""
     with edit.rewriting(graph_module, group[0]) as rewrite:
-        x, scale = _arguments(group[0])[0], None
+        x, scale = planned.arguments(group[0])[0], None
         if spelled and quantize.rounding in rounding.SCALED:
             roots = [views.root(weight) for weight in weights]
             both = rewrite.call(operations.input_scales, roots, scheme.name, spelled, **keywords)
@@ -76,7 +71,7 @@ def _rewrite(
         for node, weight in zip(group, weights, strict=True):
             packed = rewrite.call(operations.quantize_weight, views.root(weight), scheme.name, scale, **keywords)
             parts = [rewrite.call(operator.getitem, packed, index) for index in range(scheme.parts)]
-            bias = _arguments(node)[2] if len(node.args) > 2 else None
+            bias = planned.arguments(node)[2] if len(node.args) > 2 else None
             rewrite.replace(node, rewrite.call(operations.quantized_linear, x, parts, bias, scheme.name))
     return rewrite.applied
 

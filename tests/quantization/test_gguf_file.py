@@ -93,6 +93,14 @@ def test_blocks_are_taken_without_rounding(kind: str, tmp_path: Path, monkeypatc
         torch.testing.assert_close(program(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def assert_refused_for_other_weights(model: torch.nn.Module, path: Path) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    with pytest.raises(OptionError, match="no block of .* holds the values"):
+        graphopt.load_gguf(model, path)
+
+
 def test_weights_with_other_values_are_left(tmp_path: Path) -> None:
     model, path = make(), tmp_path / "model.gguf"
     write(path, model, "Q4_1")
@@ -100,11 +108,7 @@ def test_weights_with_other_values_are_left(tmp_path: Path) -> None:
         model.model.layers[0].mlp.up_proj.weight[3, 3] += 1
     quantize = graphopt.load_gguf(model, path, Quantize("int8"))
     assert sorted(name for name, _ in quantize.assigned) == sorted(name for name in NAMES if "up_proj" not in name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    with pytest.raises(OptionError, match="no block of .* holds the values"):
-        graphopt.load_gguf(model, path)
+    assert_refused_for_other_weights(model, path)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
@@ -216,11 +220,7 @@ def test_a_file_without_any_scheme_is_no_error(tmp_path: Path) -> None:
     quantize = graphopt.load_gguf(model, path)
     assert {scheme for _, scheme in quantize.assigned} == {""}
     assert dict(quantize.reasons).keys() == NAMES.keys()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    with pytest.raises(OptionError, match="no block of .* holds the values"):
-        graphopt.load_gguf(model, path)
+    assert_refused_for_other_weights(model, path)
 
 
 def test_blocks_are_saved_and_stand_in_for_their_weights(tmp_path: Path) -> None:

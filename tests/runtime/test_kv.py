@@ -23,14 +23,14 @@ B, H, D = 2, 3, 4
 
 
 @pytest.fixture(params=["python", "compiled"], autouse=True)
-def way(request: pytest.FixtureRequest) -> Iterator[None]:
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything by Python alone, and with the commonest case in C++."""
     if request.param == "compiled":
         request.getfixturevalue("cpp_library")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "python":
             patch.setattr(kv, "_compiled", [])
-        yield
+        yield request.param
 
 
 def rows(count: int, dim: int = 2) -> torch.Tensor:
@@ -298,6 +298,23 @@ def test_many_caches_at_once() -> None:
         assert longer.shape[2] == past.shape[2] + 1 and torch.equal(longer[:, :, :-1], past)
         assert longer._dynamo_weak_dynamic_indices == {2}  # type: ignore[attr-defined]
     assert torch.equal(taken[:, :, :-1], forked)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_the_commonest_case_needs_no_python(dim: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there is no compiled function."""
+    pasts = [start(dim=dim), start(dim=dim)]
+    calls = []
+    real = kv._reserve
+    monkeypatch.setattr(kv, "_reserve", lambda *call: calls.append(call) or real(*call))
+    first = kv.reserve_many([(pasts[0], 1, dim), (pasts[1], 2, dim, 64)])
+    kv.reserve_many([(first[0], 3, dim)])
+    assert len(calls) == (0 if way == "compiled" else 3)
+
+
+def test_a_capacity_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(TypeError):
+        kv.reserve(start(), 1, 2, "many")  # type: ignore[arg-type]
 
 
 def test_one_cache_twice_is_parted() -> None:

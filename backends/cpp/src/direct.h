@@ -122,16 +122,11 @@ inline PyObject* refused(PyObject* type, const c10::Error& error) {
   return nullptr;
 }
 
-template <class Result, class... Parameters, size_t... i>
-PyObject* called(Result (*function)(Parameters...), PyObject* const* objects, std::index_sequence<i...>) {
+// What `body` gives, or null with its error set as Python's.
+template <class Body>
+PyObject* answered(const Body& body) {
   try {
-    std::tuple<Argument<Parameters>...> arguments(objects[i]...);
-    auto result = [&] {
-      const Unlocked unlocked;
-      const at::AutoDispatchBelowADInplaceOrView plain;
-      return function(std::get<i>(arguments).value...);
-    }();
-    return as_python(std::move(result));
+    return body();
   } catch (const Failed&) {
     return nullptr;
   } catch (const c10::IndexError& error) {
@@ -144,6 +139,19 @@ PyObject* called(Result (*function)(Parameters...), PyObject* const* objects, st
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
+}
+
+template <class Result, class... Parameters, size_t... i>
+PyObject* called(Result (*function)(Parameters...), PyObject* const* objects, std::index_sequence<i...>) {
+  return answered([&] {
+    std::tuple<Argument<Parameters>...> arguments(objects[i]...);
+    auto result = [&] {
+      const Unlocked unlocked;
+      const at::AutoDispatchBelowADInplaceOrView plain;
+      return function(std::get<i>(arguments).value...);
+    }();
+    return as_python(std::move(result));
+  });
 }
 
 template <class Result, class... Parameters>

@@ -2,12 +2,7 @@
 // hold here too. What is any other case is left to Python.
 #pragma once
 
-#include <Python.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/python_variable.h>
-
-#include <exception>
+#include "direct.h"
 
 namespace graphopt {
 namespace {
@@ -33,17 +28,19 @@ at::Tensor longer(const at::Tensor& past, const at::Tensor& base, Buffer& buffer
   return view;
 }
 
-// The view for one call (past, count, dim, capacity or None) as a new reference; None for what Python has to do; null with
-// an error set.
+// The view for one call (past, count, dim and, perhaps, a capacity) as a new reference; None for what Python has to do; null
+// with an error set.
 PyObject* reserved(PyObject* call) {
   PyObject* tensor = nullptr;
-  PyObject* most = nullptr;
+  PyObject* capacity = Py_None;
   Py_ssize_t count, dim;
-  if (!PyArg_ParseTuple(call, "OnnO", &tensor, &count, &dim, &most)) return nullptr;
+  if (!PyArg_ParseTuple(call, "Onn|O", &tensor, &count, &dim, &capacity)) return nullptr;
+  const Py_ssize_t most = capacity == Py_None ? PY_SSIZE_T_MAX : PyLong_AsSsize_t(capacity);
+  if (most == -1 && PyErr_Occurred()) return nullptr;
   if (!THPVariable_CheckExact(tensor)) Py_RETURN_NONE;
   const at::Tensor& past = THPVariable_Unpack(tensor);
   if (past.layout() != at::kStrided || past.is_inference() || !past.is_view() || dim < 0 || dim >= past.dim()) Py_RETURN_NONE;
-  if (most != Py_None && past.size(dim) + count > PyLong_AsSsize_t(most)) Py_RETURN_NONE;
+  if (past.size(dim) + count > most) Py_RETURN_NONE;
   const at::Tensor base(past._base());
   PyObject* owner = THPVariable_Wrap(base);
   if (!owner) return nullptr;
@@ -57,19 +54,16 @@ PyObject* reserved(PyObject* call) {
   const int failed = PyObject_GetBuffer(known, &memory, PyBUF_WRITABLE);
   Py_DECREF(known);  // the buffer tensor holds it
   if (failed) return nullptr;
-  PyObject* result = nullptr;
-  try {
+  PyObject* result = answered([&] {
     TORCH_CHECK(memory.len == sizeof(Buffer), "reserve: ", sizeof(Buffer), " bytes of a buffer expected, got ", memory.len);
     at::Tensor view = longer(past, base, *static_cast<Buffer*>(memory.buf), count, dim);
-    result = view.defined() ? THPVariable_Wrap(std::move(view)) : Py_NewRef(Py_None);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
+    return view.defined() ? as_python(std::move(view)) : Py_NewRef(Py_None);
+  });
   PyBuffer_Release(&memory);
   return result;
 }
 
-// calls: a list of tuples (past, count, dim, capacity or None). The list of views, None where Python has to do it.
+// calls: a list of such tuples. The list of views, None where Python has to do it.
 PyObject* reserve(PyObject*, PyObject* calls) {
   if (!PyList_Check(calls)) return PyErr_Format(PyExc_TypeError, "reserve: expected a list, got %s", Py_TYPE(calls)->tp_name);
   const Py_ssize_t count = PyList_GET_SIZE(calls);
