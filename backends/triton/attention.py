@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.attention_rows import PlainRows, Rows, rows_of
-from graphopt.backends.triton.attention_split import SPLIT_KEYS, runs
+from graphopt.backends.triton.attention_split import SPLIT_KEYS, Runs
 from graphopt.backends.triton.evaluate import Axis, Evaluator, Value, axis
 from graphopt.backends.triton.matmul import Frame
 from graphopt.backends.triton.printer import text_of
@@ -107,7 +107,6 @@ class AttentionSection:
         few = self.queries.is_Integer and int(self.queries) * self.group <= FEW_ROWS
         self.few = bool(few)
         self.together = self.group if few else 1
-        self.splits = self.few and not (self.keys.is_Integer and int(self.keys) <= SPLIT_KEYS)
         self.batch = axis("b", q[:1], f"b_{number}", None)
         self.head = axis("h", (self.heads / self.together,), f"h_{number}", None)
         self.m = axis("m", (sympy.Integer(self.together), self.queries), f"m_{number}")
@@ -117,6 +116,10 @@ class AttentionSection:
         self.helpers: set[str] = set()
         self.number = number
         self._configure(int(q[3]), int(v[3]))
+        self.runs: Runs | None = None
+        if self.few and not (self.keys.is_Integer and int(self.keys) <= SPLIT_KEYS):
+            rows = self.batch.total * self.heads * self.queries
+            self.runs = Runs(number, self.keys, rows, self.batch.total * self.head.total, self.m, self.dv)
 
     def _configure(self, depth: int, width: int) -> None:
         rows = int(self.m.total) if self.m.total.is_Integer else 128
@@ -141,16 +144,15 @@ class AttentionSection:
         """How many programs the section needs."""
         heads = text_of(self.batch.total * self.head.total, True)
         tiles = f"cdiv({text_of(self.m.total)}, {list(self.blocks)[0]}) * {heads}"
-        return f"{tiles} * {runs(self.keys)}" if self.splits else tiles
+        return f"{tiles} * {self.runs.count}" if self.runs else tiles
 
     def lines(self, program: str) -> list[str]:
         """The section's lines; `program` is the number of the program within the section."""
         bm, bt, bd, be = self.blocks
         number, names = self.number, self.names
         lines = []
-        if self.splits:
-            lines = [f"runs_{number} = tl.{runs(self.keys)}", f"run_{number} = {program} % runs_{number}",
-                     f"tile_{number} = {program} // runs_{number}"]
+        if self.runs is not None:
+            lines = self.runs.begin(program)
             program = f"tile_{number}"
         lines += self._place(program)
         q_frame = Frame(names, lines, lines, "")
@@ -171,11 +173,10 @@ class AttentionSection:
                 f"{self.t.mask}_down = {down} < {text_of(self.keys, True)}"]
         lines.append(f"for {start} in range({first}, {last}, {bt}):")
         lines += [f"    {line}" for line in (*walk, *inside)]
-        if self.splits:
-            self._store_parts(top, total, acc, lines)
+        if self.runs is not None:
+            lines += self._share(self.runs, top, total, acc)
         else:
-            empty = "float('nan')" if self.spec.nan_rows else "0"
-            self._store(f"tl.where({total} == 0, {empty}, tl.div_rn({acc}, tl.where({total} == 0, 1, {total})))", lines)
+            self._store(total, acc, self.m, lines)
         self.helpers |= q_evaluator.helpers
         return lines
 
@@ -260,9 +261,8 @@ class AttentionSection:
         """The first and last key of the walk, for the program's rows."""
         bm, bt, _, _ = self.blocks
         end = text_of(self.keys)
-        if self.splits:
-            first = f"run_{self.number} * {SPLIT_KEYS}"
-            return first, f"tl.minimum({first} + {SPLIT_KEYS}, {end})"
+        if self.runs is not None:
+            return self.runs.limits()
         if self.together != 1 or not (self.spec.causal or self.spec.window):
             return "0", end
         first, last = f"first_{self.number}", f"last_{self.number}"
@@ -273,34 +273,38 @@ class AttentionSection:
         lines.append(f"{first} = tl.maximum(row_{self.number} * {bm} - {self.spec.window - 1}, 0) // {bt} * {bt}")
         return first, last
 
-    def _store(self, text: str, lines: list[str]) -> None:
-        evaluator = Evaluator(
-            self.region, Frame(self.names, lines, lines, ""), [self.batch, self.head, self.m, self.dv])
+    def _store(self, total: str, acc: str, m: Axis, lines: list[str]) -> None:
+        """Divide by the sum of the weights and write the rows of `m`."""
+        evaluator = Evaluator(self.region, Frame(self.names, lines, lines, ""), [self.batch, self.head, m, self.dv])
         node = self.spec.result
         index = (*self._row_index(), *_symbols(self.dv))
         strides = self.region.strides(node)
         offset = sum((i * s for i, s in zip(index, strides, strict=True)), sympy.Integer(0))
         address, mask, uses = evaluator.address(sympy.expand(offset))
-        for missing in [a for a in (self.m, self.dv) if a.name not in uses]:
+        for missing in [a for a in (m, self.dv) if a.name not in uses]:
             address += f" + 0 * {missing.position}"
             mask = " & ".join(x for x in (mask, missing.mask) if x)
-        dtype = node.meta["val"].dtype
-        value = f"({text}).to({expressions.STORED[dtype]})"
-        lines.append(f"tl.store(out0 + {address}, {value}{f', mask={mask}' if mask else ''})")
+        empty = "float('nan')" if self.spec.nan_rows else "0"
+        value = f"tl.where({total} == 0, {empty}, tl.div_rn({acc}, tl.where({total} == 0, 1, {total})))"
+        stored = f"({value}).to({expressions.STORED[node.meta['val'].dtype]})"
+        lines.append(f"tl.store(out0 + {address}, {stored}{f', mask={mask}' if mask else ''})")
 
-    def _store_parts(self, top: str, total: str, acc: str, lines: list[str]) -> None:
-        """Leave what the run's keys gave: see attention_split.py."""
-        evaluator = Evaluator(self.region, Frame(self.names, lines, lines, ""), [self.batch, self.head, self.m])
+    def _share(self, runs: Runs, top: str, total: str, acc: str) -> list[str]:
+        """Leave what the run's keys gave; the last program merges all runs of its rows."""
+        lines: list[str] = []
+        row = self._output_row(self.m, lines)
+        lines += runs.leave(row, top, total, acc)
+        places: list[str] = []
+        merge, total, acc = runs.merge(self.names, self._output_row(runs.own(), places), places)
+        self._store(total, acc, runs.own(), merge)
+        counted, is_last = runs.arrive()
+        return [*lines, *counted, f"if {is_last}:", *(f"    {line}" for line in merge)]
+
+    def _output_row(self, m: Axis, lines: list[str]) -> str:
+        """Which row of [B * H * S] the rows of `m` are."""
+        evaluator = Evaluator(self.region, Frame(self.names, lines, lines, ""), [self.batch, self.head, m])
         batch, head, query = self._row_index()
-        row, _, _ = evaluator.address((batch * self.heads + head) * self.queries + query)
-        place, width, number = self.names.new("place"), int(self.dv.total), self.number
-        lines.append(f"{place} = ({row} + 0 * {self.m.position}) * runs_{number} + run_{number}")
-        inside = [mask for mask in (self.m.mask, self.dv.mask) if mask]
-        only = f", mask={' & '.join(inside)}" if inside else ""
-        rows = f", mask={self.m.mask}" if self.m.mask else ""
-        lines.append(f"tl.store(parts + {place} * {width + 2} + {self.dv.position}, {acc}{only})")
-        for column, value in ((width, top), (width + 1, total)):
-            lines.append(f"tl.store(parts + {place} * {width + 2} + {column}, {value}{rows})")
+        return evaluator.address((batch * self.heads + head) * self.queries + query)[0]
 
     # -- indices -----------------------------------------------------------------------------------------------
 

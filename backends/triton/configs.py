@@ -88,6 +88,6 @@ def _attention(section: AttentionSection) -> Iterable[tuple[dict[str, int], int,
     rows = section.blocks[m] if section.m.total.is_Integer and int(section.m.total) <= section.blocks[m] else 128
     for bm in (16, 32, 64, 128):
         for bt in (16, 32, 64, 128):
-            if bm <= rows and _may_be(section.m, bm) and not (section.splits and bt > 64):
+            if bm <= rows and _may_be(section.m, bm) and not (section.runs and bt > 64):
                 for warps, stages in ((4, 2), (4, 3), (8, 2)):
                     yield {m: bm, t: bt}, warps, stages

@@ -7,11 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch.fx import GraphModule
 
 from graphopt.backends.triton.attention import AttentionSection, attention_of
-from graphopt.backends.triton.attention_split import merge_kernel, scratch_elements
 from graphopt.backends.triton.configs import configs
 from graphopt.backends.triton.matmul import contraction_of, matmul_sections
 from graphopt.backends.triton.matmul_split import split as split_product
@@ -58,7 +56,8 @@ def generate(graph_module: GraphModule) -> Kernel:
     try:
         names = Names()
         if attention_of(region) is not None:
-            return _attention(region, AttentionSection(region, 0, names))
+            section = AttentionSection(region, 0, names)
+            return _assemble(region, "attention", [section], section.runs.scratch if section.runs else ())
         if contraction_of(region) is not None:
             products = matmul_sections(region, names)
             dealt = split_product(region, products)
@@ -78,27 +77,20 @@ def generate(graph_module: GraphModule) -> Kernel:
         raise Unsupported("the region nests too deeply") from error
 
 
-def _attention(region: Region, section: AttentionSection) -> Kernel:
-    if not section.splits:
-        return _assemble(region, "attention", [section])
-    rows, spec = section.batch.total * section.heads * section.queries, section.spec
-    scratch = Scratch("parts", torch.float32, scratch_elements(rows, section.keys, int(section.dv.total)))
-    kernel = _assemble(region, "attention_parts", [section], (scratch,))
-    following = merge_kernel(region, spec.result, section.keys, spec.nan_rows)
-    return dataclasses.replace(kernel, following=following, scratch=(scratch,))
-
-
 def _chain(region: Region, steps: Sequence[tuple[str, Sequence[Section]]], scratch: Sequence[Scratch]) -> Kernel:
     """Kernels of one region, to be launched one after the other: for each its kind and its sections."""
     following: Kernel | None = None
     for kind, sections in reversed(steps):
-        following = dataclasses.replace(_assemble(region, kind, sections, scratch), following=following)
+        made = _assemble(region, kind, sections, scratch, alone=False)
+        following = dataclasses.replace(made, following=following, scratch=())
     assert following is not None
     return dataclasses.replace(following, scratch=tuple(scratch))
 
 
-def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: Sequence[Scratch] = ()) -> Kernel:
-    """A kernel of sections; one of several for its region takes only the memory that its lines name."""
+def _assemble(
+    region: Region, kind: str, sections: Sequence[Section], scratch: Sequence[Scratch] = (), alone: bool = True
+) -> Kernel:
+    """A kernel of sections; one of several for its region, not `alone`, takes only the memory that its lines name."""
     body: list[str] = [*widened(list(region.parameters)), "program = tl.program_id(0)"]
     grid: list[str] = []
     for number, section in enumerate(sections):
@@ -110,7 +102,7 @@ def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: S
     body = prune(body)
     pointers = {f"{name}{i}": pointer_type(node) for name, nodes in (("in", region.inputs), ("out", region.outputs))
                 for i, node in enumerate(nodes)} | {each.name: pointer_to(each.dtype) for each in scratch}
-    if scratch:
+    if not alone:
         named = set(re.findall(r"\w+", "\n".join(body)))
         pointers = {name: kind for name, kind in pointers.items() if name in named}
     sizes = list(region.parameters)
@@ -120,7 +112,8 @@ def _assemble(region: Region, kind: str, sections: Sequence[Section], scratch: S
         kind=kind, body=text, parameters=tuple(pointers), types=tuple(pointers.values()),
         sizes=tuple(region.parameters.items()), constants=constants, grid=" + ".join(grid),
         num_warps=max(s.num_warps for s in sections), helpers=helpers, comment=provenance(region),
-        num_stages=max(s.num_stages for s in sections), configs=configs(sections, whole=not scratch),
+        num_stages=max(s.num_stages for s in sections), configs=configs(sections, whole=alone),
+        scratch=tuple(scratch),
     )
 
 

@@ -25,7 +25,7 @@ from graphopt.backends.triton import expressions, helpers
 from graphopt.backends.triton.kernels import generate
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported, key
-from graphopt.backends.triton.source import Kernel, harmless
+from graphopt.backends.triton.source import Kernel, Scratch, harmless
 from graphopt.index_map import ALIASING_VIEWS, size_expression
 from graphopt.lowering import USERS_KERNELS
 from graphopt.ops import kv_write
@@ -283,7 +283,7 @@ class Writer:
         places = {f"in{i}": t for i, t in enumerate(tensors)} | {f"out{i}": o for i, o in enumerate(outputs)}
         slots: list[tuple[str, tuple[str, str]]] = []
         for each in kernel.scratch:
-            slots.append(self._scratch(each.dtype, _with_sizes(each.elements, kernel, sizes), device))
+            slots.append(self._scratch(each, _with_sizes(each.elements, kernel, sizes), device))
             places[each.name] = slots[-1][0]
         for step in kernel.chain:
             self._write_launch(node, step, [places[p] for p in step.parameters], sizes, wide)
@@ -332,13 +332,14 @@ class Writer:
         self._owned[name] = slot
         return name
 
-    def _scratch(self, dtype: torch.dtype, elements: str, device: str | None) -> tuple[str, tuple[str, str]]:
-        """Memory that is free again after the next launches, and its slot."""
-        slot = (_dtype(dtype), elements)
+    def _scratch(self, scratch: Scratch, elements: str, device: str | None) -> tuple[str, tuple[str, str]]:
+        """Memory that is free again after the next launches, and its slot; zeros are left as zeros, for others."""
+        made = "zeros" if scratch.zeroed else "empty"
+        slot = (_dtype(scratch.dtype), f"{made} {elements}")
         if self._free.get(slot):
             return self._free[slot].pop(), slot
         name = self._new("scratch")
-        self.lines.append(f"{name} = torch.empty(({elements},), dtype={slot[0]}, device={device})")
+        self.lines.append(f"{name} = torch.{made}(({elements},), dtype={slot[0]}, device={device})")
         return name, slot
 
     def _shape(self, sizes: Any) -> str:

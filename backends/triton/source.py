@@ -24,14 +24,16 @@ _UNPRINTABLE = re.compile(r"[^ -~]")
 
 @dataclasses.dataclass(frozen=True)
 class Scratch:
-    """Memory in which one kernel of a region leaves something for the next.
+    """Memory in which a program leaves something for others, of the same launch or of the next.
 
     name: the pointer parameter that it is; dtype: of its elements; elements: how many, as text in the kernel's sizes.
+    zeroed: it is 0 before the launch, and the launch leaves it so.
     """
 
     name: str
     dtype: torch.dtype
     elements: str
+    zeroed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Kernel:
     def programs(self, sizes: Sequence[int]) -> int:
         """The number of programs for values of the size parameters."""
         given = {symbol.name: size for (symbol, _), size in zip(self.sizes, sizes, strict=True)}
-        return int(eval(self.grid, {"__builtins__": {}, "cdiv": lambda a, b: -(-a // b)}, self.constants | given))
+        known = {"__builtins__": {}, "cdiv": lambda a, b: -(-a // b), "max": max}
+        return int(eval(self.grid, known, self.constants | given))
 
     @property
     def digest(self) -> str:

@@ -122,6 +122,32 @@ def test_a_llama_layer_of_a_decode_step_is_six_kernels() -> None:
     assert launches(DECODERS["Llama"], 3, ids) - launches(DECODERS["Llama"], 2, ids) <= 6
 
 
+def test_a_llama_layer_of_a_decode_step_is_six_kernels_with_many_keys() -> None:
+    """The keys of a head are shared out among programs, and merged by the last of them: one launch all the same."""
+    counts = []
+    for layers in (1, 2):
+        torch.manual_seed(0)
+        model = DECODERS["Llama"](layers)
+        past = [torch.randn(1, 2, 4095, 8) for _ in range(2 * layers)]
+
+        def step(ids: torch.Tensor, *rows: torch.Tensor, model: nn.Module = model) -> torch.Tensor:
+            cache = transformers.DynamicCache(config=model.config)
+            for layer in range(len(rows) // 2):
+                cache.update(*rows[2 * layer : 2 * layer + 2], layer)
+            result: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            return result
+
+        ids = torch.randint(0, 99, (1, 1))
+        with torch.no_grad():
+            want = step(ids, *past)
+        got, (compiled,) = run(step, ids, *past, prepare=optimize)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        assert compiled.fallbacks == []
+        assert sum(len(k.scratch) == 2 for k in compiled.kernels.values()) == 1
+        counts.append(compiled.launches)
+    assert counts[1] - counts[0] <= 6
+
+
 def test_a_bert_layer_is_seven_kernels() -> None:
     ids = torch.randint(0, 99, (4, 9))
     assert launches(bert, 3, ids) - launches(bert, 2, ids) <= 7

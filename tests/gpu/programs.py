@@ -62,3 +62,7 @@ def programs(small: bool) -> Iterator[Program]:
     yield Program("whole", lambda q, k, v: attend(q, k, v, enable_gqa=True), (q, k, k))
     yield Program("masked", lambda q, k, v, m: attend(q, k, v, m, enable_gqa=True), (q, k, k, (2, 1, length, length)))
     yield Program("decode", lambda q, k, v: attend(q, k, v, enable_gqa=True), ((2, heads, 1, size), k, k))
+    far = (2, kv, 600 if small else 9_001, size)
+    yield Program(
+        "decode, many keys", lambda q, k, v: attend(q, k, v, enable_gqa=True), ((2, heads, 1, size), far, far)
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.suite import compare, door
@@ -119,6 +120,21 @@ def long_reductions(device: str, target: str) -> None:
             compare.assert_same(call(x, w), function(x, w), oracle=lambda e=exact: e)  # type: ignore[misc]
 
 
+def many_keys(device: str, target: str) -> None:
+    """Programs count themselves in memory that each replay finds as the recording found it."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return F.scaled_dot_product_attention(first, v, k, enable_gqa=True)
+
+    call = _compiled(function, target)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            q, k, v = (torch.randn(2, *shape, 64, device=device) for shape in ((8, 1), (2, 1500), (2, 1500)))
+            exact = function(q.double(), k.double(), v.double())
+            compare.assert_same(call(q, k, v), function(q, k, v), oracle=lambda e=exact: e)  # type: ignore[misc]
+
+
 CHECKS: dict[str, Callable[[str, str], None]] = {
     "other inputs": other_inputs,
     "other sizes": other_sizes,
@@ -126,4 +142,5 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
     "updated inputs": updated_inputs,
     "random numbers": random_numbers,
     "long reductions": long_reductions,
+    "many keys": many_keys,
 }
