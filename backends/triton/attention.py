@@ -126,14 +126,14 @@ class AttentionSection:
         wide = self.dtype == torch.float32
         large = max(depth, width) > 128
         bm = 16 if rows <= 16 else 32 if wide and large else 64 if wide or large or rows <= 64 else 128
-        bt = 32 if wide or large else 64
+        bt = 16 if wide and large else 32 if wide or large else 64
         if self.keys.is_Integer:
             bt = min(bt, max(16, power_of_two(int(self.keys))))
         bd, be = max(16, power_of_two(depth)), max(16, power_of_two(width))
         number = self.number
         self.blocks = {f"BLOCK_{axis}_{number}": size for axis, size in zip("MTDE", (bm, bt, bd, be), strict=True)}
         self.constants = dict(self.blocks)
-        self.num_warps = 4 if bm <= 64 else 8
+        self.num_warps = 8 if bm > 64 or (wide and large) else 4
         self.num_stages = 2
         for each, block in ((self.m, bm), (self.d, bd), (self.dv, be)):
             if each.total.is_Integer and int(each.total) % block == 0:

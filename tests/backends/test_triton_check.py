@@ -36,6 +36,9 @@ CASES = {
         lambda q, k, v, mask: torch.ops.graphopt.attention(q, k, v, mask, scale=0.3),
         *(torch.randn(1, heads, rows, 64).to(bf16) for heads, rows in ((9, 1), (3, 1000), (3, 1000))),
         torch.ones(1, 1, 1, 1000, dtype=torch.bool)),
+    "attention of wide heads": lambda: [kernel for rows in (1, 40) for kernel in kernels(
+        lambda q, k, v: torch.ops.graphopt.attention(q, k, v, scale=0.3),
+        *(torch.randn(1, heads, n, 256) for heads, n in ((2, rows), (1, 300), (1, 300))))],
 }
 
 
