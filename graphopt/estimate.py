@@ -122,6 +122,13 @@ def device_of(graph_module: GraphModule, name: str) -> Device:
     return next((device for name, device in cost.DEVICES.items() if name in called), cost.DEVICES["H100"])
 
 
+def gpu_of(graph_module: GraphModule) -> Device:
+    """The GPU that the graph's values are on; an H100 for those on the CPU, where generated kernels are not timed."""
+    values = (node.meta.get("val") for node in graph_module.graph.nodes)
+    on = {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    return cost.DEVICES["H100"] if on <= {"cpu", "meta"} else device_of(graph_module, "auto")
+
+
 def example_sizes(graph_module: GraphModule) -> dict[str, int]:
     """A value for each symbol of the graph: that of the traced call, else the lowest possible, at least 1."""
     values = [node.meta.get("val") for node in graph_module.graph.nodes]

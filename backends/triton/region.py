@@ -91,8 +91,7 @@ class Region:
     @property
     def device(self) -> cost.Device:
         """The device that the tensors are on; for those on the CPU, where nothing is timed, an H100."""
-        on = {node.meta["val"].device.type for node in (*self.inputs, *self.outputs)}
-        return cost.DEVICES["H100"] if on & {"cpu", "meta"} else estimate.device_of(self.graph_module, "auto")
+        return estimate.gpu_of(self.graph_module)
 
     def extent(self, node: Node) -> sympy.Expr:
         """One more than the largest element offset of a node's value, in the symbols of the whole graph."""

@@ -46,18 +46,30 @@ def _rows(node: Node) -> list[Any]:
     return [given["q"], *(given.get(side) or given[f"{side}_tail"] for side in "kv")]
 
 
-def form_attention(groups: Groups, node: Node) -> None:
-    """Make the region of an attention, unless something other than its output is used."""
+def mask_of(node: Node) -> Node | None:
+    """The mask of an attention, if it has one."""
+    if node.target in DIALECT:
+        mask = arguments(node)["mask"]
+    else:
+        place = 3 if node.target == aten.scaled_dot_product_attention.default else len(node.args)
+        mask = node.kwargs.get("attn_mask", node.args[place] if len(node.args) > place else None)
+    return mask if isinstance(mask, Node) else None
+
+
+def has_kernel(node: Node) -> bool:
+    """Floating point operands of one dtype and four dimensions, and nothing but the output is used."""
     rows = [argument.meta["val"] for argument in _rows(node)]
     floats = {t.dtype for t in rows}
     if len(floats) != 1 or not floats <= {torch.float32, torch.float16, torch.bfloat16}:
-        return
-    if any(t.dim() != 4 for t in rows):
-        return
-    members = [node]
-    if not isinstance(node.meta["val"], torch.Tensor):
-        picks = list(node.users)
-        if len(picks) != 1 or picks[0].target is not operator.getitem or picks[0].args[1] != 0:
-            return
-        members.append(picks[0])
-    groups.new("attention", members)
+        return False
+    picks = list(node.users)
+    single = isinstance(node.meta["val"], torch.Tensor)
+    first = len(picks) == 1 and picks[0].target is operator.getitem and picks[0].args[1] == 0
+    return all(t.dim() == 4 for t in rows) and bool(single or first)
+
+
+def form_attention(groups: Groups, node: Node, mask: list[Node]) -> None:
+    """Make the region of an attention, if it has a kernel. mask: the nodes of its mask that the kernel computes."""
+    if has_kernel(node):
+        single = isinstance(node.meta["val"], torch.Tensor)
+        groups.new("attention", [*mask, node, *([] if single else node.users)])

@@ -13,7 +13,8 @@ becomes
 1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region.
 2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
 3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
-4. Independent regions share one launch: elementwise ones between the same neighbours, and reductions over the same rows
+4. Attention computes masks from positions (`score_functions.py`).
+5. Independent regions share one launch: elementwise ones between the same neighbours, and reductions over the same rows
    of one tensor, which is then read once.
 
 Views and constants cost nothing inside of a kernel and are copied into every region that reads them. A widening cast at
@@ -32,6 +33,7 @@ from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
 from graphopt.passes.fuse.joining import group_rows, may_join
+from graphopt.passes.fuse.score_functions import generate_masks
 from graphopt.passes.fuse.sharing import share_launches
 from graphopt.passes.fuse.worth import Worth
 from graphopt.pipeline import graph_pass
@@ -50,12 +52,13 @@ def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = No
     edit.eliminate_dead_code(graph_module)
     erase_unread(graph_module.graph)
     expand_rows(graph_module)
+    masks = generate_masks(graph_module)
     groups = Groups(graph_module.graph, Worth(graph_module, cost_model) if cost_model is not None else None)
     for node in graph_module.graph.nodes:
         if node.target in CONTRACTIONS:
             absorb_readers(groups, node)
         elif node.target in ATTENTIONS:
-            form_attention(groups, node)
+            form_attention(groups, node, masks.get(node, []))
     for node in graph_module.graph.nodes:
         if _joins_rows(node) and node not in groups.of:
             _join(groups, node)
