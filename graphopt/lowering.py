@@ -114,10 +114,11 @@ def choose(graph_module: fx.GraphModule, lowerings: Sequence[Lowering]) -> list[
 
 
 def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -> None:
-    """Decompose dialect operations by their meaning, and operations of `table` by their decomposition. In place."""
+    """Decompose operations of `table` by what it says, and other dialect operations by their meaning. In place."""
     complete = {**capture.decompositions(), **table}
     for node in list(graph_module.graph.nodes):
-        function = ops.meaning(node.target) or (node.target if node.target in table else None)
+        meaning = ops.meaning(node.target)
+        function = table.get(node.target, meaning) if meaning else node.target if node.target in table else None
         if function is None or not ops.is_traceable(node.target):
             continue
         with edit.rewriting(graph_module, node) as rewrite:
