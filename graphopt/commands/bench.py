@@ -25,7 +25,8 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 _NEAR_TIE = 2
 _EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 SETTLE_SECONDS = 0.004  # the threads of a worker that has just stopped spin for a moment
-_STEPS_A_TURN = {"decode": 4, "prefill": 1, "encode": 1}
+# The first step of a turn finds caches that other processes have filled; a generation has hundreds that do not.
+_STEPS_A_TURN = {"decode": 16, "prefill": 1, "encode": 1}
 
 
 @dataclasses.dataclass(frozen=True)
