@@ -126,3 +126,28 @@ def test_a_graph_it_cannot_compile_runs_by_its_meaning(monkeypatch: pytest.Monke
     assert "no such loop" in str([graph.fallbacks for graph in collected.graphs])
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="LoweringError.*" + "no such loop"):
         compiled(lambda x: x.sin() + 3, strict=True)(x)
+
+
+@DTYPES
+@pytest.mark.parametrize("half", (1, 5, 32))
+@pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "pairs"))
+def test_rotation_without_a_cat(dtype: torch.dtype, half: int, interleaved: bool) -> None:
+    """Also of views, of values that are no numbers, and where cos and sin are those of all heads or of a single row."""
+    x = torch.randn(2, 7, 3, 2 * half + 1).to(dtype)[..., 1:].transpose(1, 2)
+    x[0, 0, 0, 0], x[0, 1, 2, -1], x[1, 2, 3, half] = float("nan"), float("inf"), -0.0
+    for rows in (7, 1):
+        cos, sin = torch.randn(2, 2, 1, rows, 2 * half).to(dtype)
+        wanted = graphopt.ops.rope(x.double(), cos.double(), sin.double(), interleaved).to(dtype)
+        found = compiled(lambda *given: graphopt.ops.rope(*given, interleaved))(x, cos, sin)
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+def test_rotation_makes_no_view_for_a_half() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    cos, sin = torch.randn(2, 1, 1, 5, 64)
+    function = compiled(lambda x: graphopt.ops.rope(x * 2, cos, sin))
+    x = torch.randn(1, 4, 5, 64)
+    found, (code,) = run_and_get_code(function, x)
+    torch.testing.assert_close(found, graphopt.ops.rope(x * 2, cos, sin))
+    assert "reinterpret_tensor(buf" not in code and code.count("cpp_pybinding(") == 1

@@ -133,6 +133,20 @@ def test_snapshot_sees_every_kind_of_change_in_any_of_its_tensors(comparing):
     assert not snapshot.holds(held)
 
 
+def test_a_change_in_any_of_many_tensors_is_seen(comparing):
+    """Threads share them: the samples of each are where its own state says, also in tensors without any."""
+    sizes = [0 if number % 7 == 3 else 1 + number % 40 for number in range(150)]
+    held = [torch.nn.Parameter(torch.randn(size), requires_grad=False) for size in sizes]
+    snapshot = packs.Snapshot(held, lambda: None)
+    assert snapshot.holds(held)
+    for weight in held:
+        before = weight.clone()
+        weight.data.add_(1)
+        assert snapshot.holds(held) == (weight.numel() == 0)
+        weight.data.copy_(before)
+        assert snapshot.holds(held)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
 def test_snapshot_of_inference_tensors_is_told_by_content(comparing, dtype):
     changes = (lambda t: t.zero_(), lambda t: t[1:2].zero_(), lambda t: t.copy_(t.flip(0)))
