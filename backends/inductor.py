@@ -55,9 +55,9 @@ def _rope_in_one_loop(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
     Inductor's C++ writes each part of a `cat` by a loop of its own into a view of its own: 180 views in a decode step
     of 30 layers, at a microsecond and a half each, and a second pass over the rows of a prompt.
     """
-    pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    pairs: Tensor = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     sign = torch.arange(-1, 2, 2, device=x.device).to(x.dtype)
-    rotated = pairs.flip(-1) * sign if interleaved else pairs.flip(-2) * sign[:, None]
+    rotated: Tensor = pairs.flip(-1) * sign if interleaved else pairs.flip(-2) * sign[:, None]
     return x * cos + rotated.flatten(-2) * sin
 
 
