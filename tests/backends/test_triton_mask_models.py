@@ -33,6 +33,12 @@ def build(name: str) -> nn.Module:
             num_hidden_layers=2, head_dim=16, sliding_window=9, layer_types=["sliding_attention", "full_attention"],
         )  # fmt: skip
         return transformers.Gemma3ForCausalLM(config).eval()  # type: ignore[no-any-return]
+    if name == "Bloom":
+        config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)
+        return transformers.BloomForCausalLM(config).eval()  # type: ignore[no-any-return]
+    if name == "Mpt":
+        config = transformers.MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=99, max_seq_len=128)
+        return transformers.MptForCausalLM(config).eval()  # type: ignore[no-any-return]
     return SLIDING[name](2)
 
 
@@ -80,6 +86,16 @@ def test_prompts(name: str, padded: bool) -> None:
     mask = (torch.arange(QUERIES) >= torch.tensor([[0], [11]])).long()
     inputs = (ids, mask) if padded else (ids,)
     assert agrees(logits(build(name)), *inputs, rows=mask.bool() if padded else None) == [0, 0]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
+@pytest.mark.parametrize("name", ["Bloom", "Mpt"])
+def test_alibi_added_between_two_products(name: str, padded: bool) -> None:
+    """These spell attention in ways that are not recognised: their masks are read, and the answers are eager's."""
+    ids = torch.randint(0, 99, (2, QUERIES))
+    mask = (torch.arange(QUERIES) >= torch.tensor([[0], [11]])).long()
+    inputs = (ids, mask) if padded else (ids,)
+    assert agrees(logits(build(name)), *inputs, rows=mask.bool() if padded else None) == []
 
 
 def test_a_prefix_that_sees_all_of_itself() -> None:
