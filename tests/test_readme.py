@@ -102,3 +102,7 @@ def test_measured_table_has_a_column_for_each_system() -> None:
     text = reference.readme("<!-- measured -->\nold\n<!-- /measured -->", [result])
     assert "| model, work | dtype | eager | graphopt |" in text and "old" not in text
     assert "| m, decode, batch 1 (ms a token) | float32 | 2.2, 2 MiB | 1.0, 2 MiB |" in text
+    other = {**result, "dtype": "bfloat16", "figures": [{**entry, "system": "llama.cpp"}]}
+    text = reference.readme("<!-- measured -->\n<!-- /measured -->", [result, other, {**result, "model": "n"}])
+    assert text.count("| model, work |") == 2 and "| model, work | dtype | llama.cpp |" in text
+    assert text.index("| n, decode") < text.index("llama.cpp"), "results that compare the same systems share a table"

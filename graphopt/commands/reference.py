@@ -172,12 +172,13 @@ def read_measured(root: Path) -> list[dict[str, Any]]:
 
 
 def _measured_rows(results: Sequence[Mapping[str, Any]]) -> str:
-    """Medians as a Markdown table: a row for each work of each result, a column for each system."""
-    if not results:
-        return ""
-    systems = list(dict.fromkeys(entry["system"] for result in results for entry in result["figures"]))
-    lines = ["| model, work | dtype | " + " | ".join(systems) + " |", "|---|---|" + "---:|" * len(systems)]
+    """Medians as Markdown tables, one for all results that compare the same systems: a row for each work of each
+    result, a column for each system."""
+    tables: dict[tuple[str, ...], list[str]] = {}
     for result in results:
+        systems = tuple(dict.fromkeys(entry["system"] for entry in result["figures"]))
+        head = ["| model, work | dtype | " + " | ".join(systems) + " |", "|---|---|" + "---:|" * len(systems)]
+        lines = tables.setdefault(systems, head)
         for work in result["costs"]:
             cells = {entry["system"]: _measured_cell(entry) for entry in result["figures"] if entry["work"] == work}
             unit = "ms a token" if work == "decode" else "ms"
@@ -187,7 +188,8 @@ def _measured_rows(results: Sequence[Mapping[str, Any]]) -> str:
         f"{result['machine']}, {result['limits']['threads']} threads, torch {result['versions']['torch']}"
         for result in results
     )
-    return "\n".join([*lines, "", "Measured on " + "; ".join(machines) + "."]) + "\n"
+    parts = ["\n".join(lines) for lines in tables.values()]
+    return "\n\n".join([*parts, "Measured on " + "; ".join(machines) + "."]) + "\n" if parts else ""
 
 
 def _measured_cell(entry: Mapping[str, Any]) -> str:
