@@ -127,6 +127,8 @@ class AttentionSection:
         large = max(depth, width) > 128
         bm = 16 if rows <= 16 else 32 if wide and large else 64 if wide or large or rows <= 64 else 128
         bt = 16 if wide and large else 32 if wide or large else 64
+        if self.spec.mask is not None:  # a tile of it takes registers beside that of the scores
+            bm, bt = min(bm, 64), min(bt, 32)
         if self.keys.is_Integer:
             bt = min(bt, max(16, power_of_two(int(self.keys))))
         bd, be = max(16, power_of_two(depth)), max(16, power_of_two(width))

@@ -23,6 +23,19 @@ def kernels(function: Any, *inputs: Any, prepare: Any = form_regions) -> list[An
     return list(compiled[0].kernels.values())
 
 
+def past_with_alibi(rows: int, size: int) -> list[Any]:
+    """Of attention over padded keys, with a bias by distance."""
+
+    def function(q: Any, k: Any, v: Any, slopes: Any, padding: Any) -> Any:
+        keys = torch.arange(400)
+        seen = (keys <= torch.arange(rows)[:, None] + 400 - rows) & padding.bool()[:, None, None]
+        mask = torch.where(seen, slopes[:, None, None] * keys, float("-inf")).to(bf16)
+        return torch.ops.graphopt.attention(q, k, v, mask, scale=0.3)
+
+    tensors = (torch.randn(2, heads, n, size).to(bf16) for heads, n in ((8, rows), (2, 400), (2, 400)))
+    return kernels(function, *tensors, torch.rand(8), torch.ones(2, 400, dtype=torch.long))
+
+
 CASES = {
     "norm": lambda: kernels(rms_norm, torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)),
     "long softmax": lambda: kernels(lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1), torch.randn(2, 9000)),
@@ -36,6 +49,8 @@ CASES = {
         lambda q, k, v, mask: torch.ops.graphopt.attention(q, k, v, mask, scale=0.3),
         *(torch.randn(1, heads, rows, 64).to(bf16) for heads, rows in ((9, 1), (3, 1000), (3, 1000))),
         torch.ones(1, 1, 1, 1000, dtype=torch.bool)),
+    "attention that computes its mask": lambda: [
+        kernel for rows, size in ((1, 128), (160, 128), (160, 64)) for kernel in past_with_alibi(rows, size)],
     "attention of wide heads": lambda: [kernel for rows in (1, 40) for kernel in kernels(
         lambda q, k, v: torch.ops.graphopt.attention(q, k, v, scale=0.3),
         *(torch.randn(1, heads, n, 256) for heads, n in ((2, rows), (1, 300), (1, 300))))],
