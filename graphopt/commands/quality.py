@@ -54,6 +54,7 @@ def measure(model: Any, ids: torch.Tensor, quantize: Quantize, target: str = "au
     from graphopt.quantization.plan import plan
 
     chosen = plan(model, quantize)
+    torch.compiler.reset()  # Dynamo compiles a function eight times at most, then runs it as it is
     options: dict[str, Any] = {"quantize": chosen.quantize, "target": target}
     compiled = torch.compile(model, backend=backend, options=options)
     losses, other_losses, divergence, same = 0.0, 0.0, 0.0, 0

@@ -57,6 +57,13 @@ def test_fewer_bits_diverge_more(model, ids) -> None:
     assert coarse.plan.bytes_after < fine.plan.bytes_after
 
 
+def test_every_one_of_many_schemes_is_compiled(model, ids) -> None:
+    """Dynamo compiles a function no more than eight times, and then runs it as it is: nothing would seem lost."""
+    asked = [Quantize(scheme, group_size=group) for scheme in ("int8", "int4", "nf4") for group in (32, 64, 128)]
+    found = [quality.measure(model, ids, quantize, target="reference") for quantize in [*asked, Quantize("fp8")]]
+    assert min(one.kl for one in found) > 0
+
+
 def test_nothing_quantised_is_nothing_lost(model, ids) -> None:
     found = quality.measure(model, ids, Quantize("int8", modules="nothing"), target="reference")
     assert abs(found.kl) < 1e-6 and found.plan.bytes_after == found.plan.bytes_before
