@@ -194,10 +194,12 @@ def plot(found: Sequence[Quality], path: Path) -> None:
     for one in found:
         place = one.plan.bytes_after / 1e6, one.kl
         if one.plan.quantize.scheme == "auto":
-            axis.annotate(f"{one.plan.quantize.max_error:g}", place, fontsize=8)
+            label = f"{one.plan.quantize.max_error:g}"
         else:
             axis.scatter(*place, color="#4c78a8")
-            axis.annotate(_name(one), place, fontsize=8)
+            label = _name(one)
+        axis.annotate(label, place, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axis.margins(x=0.15, y=0.1)
     axis.set_yscale("log")
     axis.set_xlabel("MB of weights")
     axis.set_ylabel("KL divergence from the original, nats a token")
