@@ -53,7 +53,7 @@ def _rope_in_one_loop(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
     """The meaning of `graphopt.rope` with the halves exchanged by an index and a sign.
 
     Inductor's C++ writes each part of a `cat` by a loop of its own into a view of its own: 180 views in a decode step
-    of 30 layers, at a microsecond and a half each, and a second pass over the rows of a prompt.
+    of 30 layers, and a second pass over the rows of a prompt.
     """
     pairs: Tensor = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     sign = torch.arange(-1, 2, 2, device=x.device).to(x.dtype)

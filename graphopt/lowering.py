@@ -117,8 +117,7 @@ def expand(graph_module: fx.GraphModule, table: dict[Any, Callable[..., Any]]) -
     """Decompose operations of `table` by what it says, and other dialect operations by their meaning. In place."""
     complete = {**capture.decompositions(), **table}
     for node in list(graph_module.graph.nodes):
-        meaning = ops.meaning(node.target)
-        function = table.get(node.target, meaning) if meaning else node.target if node.target in table else None
+        function = node.target if node.target in table else ops.meaning(node.target)
         if function is None or not ops.is_traceable(node.target):
             continue
         with edit.rewriting(graph_module, node) as rewrite:

@@ -100,7 +100,7 @@ def test_wrong_request_is_refused_before_any_work(given: dict[str, object], said
 
 
 def test_options_of_a_system_are_typed() -> None:
-    (system,) = systems.parse_systems("graphopt:target=reference:limit=3:strict=True")
+    (system,) = systems.parse_systems("graphopt:target=reference:limit=3:strict=True", models.ModelSource("any"))
     assert system.arguments == {
         "backend": "graphopt",
         "options": {"target": "reference", "limit": 3, "strict": True},

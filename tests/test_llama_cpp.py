@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaFor
 
 from graphopt.commands import bench, systems
 from graphopt.commands.llama_cpp import LlamaCpp, write_gguf
-from graphopt.commands.models import ModelSource, find_model
-from graphopt.errors import OptionError
+from graphopt.commands.models import ModelSource
+from graphopt.errors import GraphoptError, OptionError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -31,6 +31,13 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES | changes)).bfloat16().eval()
 
 
+def written_and_read(model: LlamaForCausalLM, folder: Path, kind: str) -> Any:
+    write_gguf(model, folder / "model.gguf", kind)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("kind", "error"), [("BF16", 0.0), ("F16", 1e-3), ("Q8_0", 1e-2), ("Q4_0", 0.15), ("Q4_1", 0.1)]
@@ -39,10 +46,7 @@ def test_transformers_reads_what_is_written(tmp_path: Path, kind: str, error: fl
     """Also the order of the rows of queries and keys, which the two libraries do not share."""
     rotary = {"rope_type": "default", "rope_theta": 5e4}
     model = llama(tie_word_embeddings=tied, rms_norm_eps=1e-4, rope_parameters=rotary)
-    write_gguf(model, tmp_path / "model.gguf", kind)
-    read = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    read = written_and_read(model, tmp_path, kind)
     assert read.config.rms_norm_eps == pytest.approx(1e-4) and read.config.rope_parameters["rope_theta"] == 5e4
     found = read.state_dict()
     for name, weight in model.state_dict().items():
@@ -77,26 +81,29 @@ def test_a_model_without_a_file_is_refused(name: str, monkeypatch: pytest.Monkey
 def test_an_unknown_kind_of_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *arguments: object())
     with pytest.raises(OptionError, match=r"unknown kind of blocks 'Q8' \(did you mean 'Q8_0'\?\); known are F16"):
-        systems.parse_systems("llama.cpp:Q8")
+        systems.parse_systems("llama.cpp:Q8", ModelSource("any"))
+
+
+def test_encoding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *arguments: object())
+    with pytest.raises(OptionError, match="work 'encode' is not for llama.cpp"):
+        bench.plan("llama:64x1", "encode", "eager,llama.cpp:Q8_0", "float32", 1, {"encode": 8})
 
 
 def test_blocks_of_the_file_become_the_options(tmp_path: Path) -> None:
-    write_gguf(llama(), tmp_path / "model.gguf", "Q8_0")
-    read = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    (system,) = systems.parse_systems("graphopt-gguf")
+    read, source = written_and_read(llama(), tmp_path, "Q8_0"), ModelSource("model", tmp_path, gguf="model.gguf")
+    (system,) = systems.parse_systems("graphopt-gguf", source)
     given: dict[str, Any] = {}
     read.compile = given.update  # type: ignore[method-assign,assignment]
-    assert system.prepared(read, ModelSource("model", tmp_path, gguf="model.gguf")) is read
+    assert system.prepared(read, source) is read
     assigned = dict(given["options"]["quantize"].assigned)
     assert given["backend"] == "graphopt" and assigned["model.layers.0.self_attn.q_proj.weight"] == "int8-g32"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama.cpp is not installed")
 def test_llama_cpp_answers_as_the_model_does() -> None:
-    model, source = llama(), find_model("llama:64x1")
-    runs = LlamaCpp(model, source, "BF16")
+    model = llama()
+    runs = LlamaCpp(model, None, "BF16")
     assert runs.config is model.config
     for rows in (1, 3):
         ids = torch.randint(0, 96, (rows, 9))
@@ -105,3 +112,5 @@ def test_llama_cpp_answers_as_the_model_does() -> None:
         prompt = runs(ids[:, :7], torch.arange(7).expand(rows, -1)).logits[:, 0]
         steps = [runs(ids[:, [at]], torch.full((rows, 1), at)).logits[:, 0] for at in (7, 8)]
         torch.testing.assert_close(torch.stack([prompt, *steps], 1), wanted, rtol=0.05, atol=0.02)
+    with pytest.raises(GraphoptError, match="llama.cpp has room for 519 tokens, 512 behind the prompt of 7"):
+        runs(ids[:, [0]], torch.full((3, 1), 519))

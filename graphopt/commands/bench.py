@@ -69,9 +69,10 @@ def plan(
             raise OptionError(f"{name} must be at least 1, got {value}")
     if rounds < 2:
         raise OptionError("rounds must be at least 2, so that there is a spread")
-    source, chosen = find_model(model), parse_systems(systems)
-    for system in chosen:
-        system.check(source)
+    source = find_model(model)
+    chosen = parse_systems(systems, source)
+    if "encode" in wanted and any(system.library == "llama_cpp" for system in chosen):
+        raise OptionError("work 'encode' is not for llama.cpp, which is run for the logits of the last token")
     return Plan(source, chosen, wanted, dtype, batch, lengths, checked, rounds, cold)
 
 

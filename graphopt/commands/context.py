@@ -99,7 +99,8 @@ def measure(
         raise OptionError(f"lengths must be two or more rising numbers, got {lengths}")
     if min(checked, rounds) < 1:
         raise OptionError(f"tokens and rounds must be at least 1, got {checked} and {rounds}")
-    source, wanted = find_model(model), parse_systems(systems)
+    source = find_model(model)
+    wanted = parse_systems(systems, source)
     with step("measure what this machine can do"):
         limits = measure_limits(dtype)
     times: dict[str, dict[int, list[float]]] = {system.name: {} for system in wanted}

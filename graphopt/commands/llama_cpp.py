@@ -16,7 +16,6 @@ from typing import Any
 import numpy
 import torch
 
-from graphopt.commands.models import ModelSource
 from graphopt.errors import GraphoptError, OptionError
 
 _ROOM = 512  # tokens that can follow a prompt
@@ -25,10 +24,11 @@ _ROOM = 512  # tokens that can follow a prompt
 class LlamaCpp:
     """Runs the model's forward call by llama.cpp; all else that is asked of the model, the model itself answers.
 
-    weights: the kind of blocks that the matrices are written in, one of `systems.WRITTEN`; "" for the model's own file.
+    file: the model's own .gguf file; with None one is written, its matrices in blocks of the kind `weights`, one of
+    `systems.WRITTEN`.
     """
 
-    def __init__(self, model: Any, source: ModelSource, weights: str) -> None:
+    def __init__(self, model: Any, file: Path | None, weights: str) -> None:
         import llama_cpp.llama_cpp as library
 
         self._library, self._model, self._context, self._room = library, model, None, (0, 0)
@@ -36,14 +36,12 @@ class LlamaCpp:
         library.llama_log_set(self._silence, None)
         library.llama_backend_init()
         with tempfile.TemporaryDirectory(prefix="graphopt-gguf-") as folder:
-            path = Path(folder, "model.gguf")
-            if weights:
+            path = file or Path(folder, "model.gguf")
+            if file is None:
                 write_gguf(model, path, weights)
-            else:
-                path = source.file
             self._loaded = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
         if not self._loaded:
-            raise GraphoptError(f"llama.cpp does not load {source.name!r}")
+            raise GraphoptError(f"llama.cpp does not load {str(path)!r}")
         self._words = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._loaded))
 
     def __getattr__(self, name: str) -> Any:
@@ -55,9 +53,12 @@ class LlamaCpp:
         library, (rows, length) = self._library, input_ids.shape
         if position_ids[0, 0] == 0:
             self._begin(rows, length)
+        places = position_ids.flatten().tolist()
+        if max(places) >= self._room[1]:
+            prompt = self._room[1] - _ROOM
+            raise GraphoptError(f"llama.cpp has room for {self._room[1]} tokens, {_ROOM} behind the prompt of {prompt}")
         batch = library.llama_batch_init(rows * length, 0, 1)
         batch.n_tokens = rows * length
-        places = position_ids.flatten().tolist()
         for index, (token, position) in enumerate(zip(input_ids.flatten().tolist(), places, strict=True)):
             batch.token[index], batch.pos[index] = token, position
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, index // length

@@ -34,7 +34,8 @@ class System:
     """One way to run a model.
 
     name: as the user wrote it. arguments: for `Module.compile`, None for what is not compiled. weights: what becomes of
-    them first, a key of `_WEIGHTS`, or the kind of blocks for llama.cpp. library: the package that it needs.
+    them first: a key of `_WEIGHTS` ("file": those of the model's .gguf file are taken), or the kind of blocks that
+    they are written in for llama.cpp. library: the package that it needs.
     """
 
     name: str
@@ -44,18 +45,13 @@ class System:
     library: str = ""
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def check(self, source: ModelSource) -> None:
-        """Raises OptionError if the system can't run this model."""
-        if self.name in ("llama.cpp", "graphopt-gguf") and source.gguf is None:
-            advice = f"; give llama.cpp:KIND ({', '.join(WRITTEN)})" if self.library else ""
-            raise OptionError(f"system {self.name!r}: model {source.name!r} comes from no .gguf file{advice}")
-
     def prepared(self, model: Any, source: ModelSource) -> Any:
         """What runs as `model`: itself, compiled in place (lazily: its first calls do the work), or its stand-in."""
         if self.library == "llama_cpp":
             from graphopt.commands.llama_cpp import LlamaCpp
 
-            return LlamaCpp(model, source, self.weights)
+            file = source.file if self.weights == "file" else None
+            return LlamaCpp(model, file, self.weights)
         arguments = self.arguments
         if self.weights:
             arguments = {**(arguments or {}), **_WEIGHTS[self.weights](model, source)}
@@ -79,7 +75,7 @@ def _blocks_of_the_file(model: Any, source: ModelSource) -> dict[str, Any]:
 
 _WEIGHTS: dict[str, Callable[[Any, ModelSource], dict[str, Any]]] = {
     "torchao-int8": _int8_of_torchao,
-    "gguf": _blocks_of_the_file,
+    "file": _blocks_of_the_file,
 }
 _FROZEN = {"TORCHINDUCTOR_FREEZING": "1"}
 _BEST = {"mode": "max-autotune-no-cudagraphs"}
@@ -91,20 +87,24 @@ KNOWN = {
     "torchao-int8": System(
         "torchao-int8", _BEST, static_cache=True, weights="torchao-int8", library="torchao", environment=_FROZEN
     ),
-    "llama.cpp": System("llama.cpp", None, library="llama_cpp"),
+    "llama.cpp": System("llama.cpp", None, weights="file", library="llama_cpp"),
     "graphopt": System("graphopt", {"backend": "graphopt"}),
-    "graphopt-gguf": System("graphopt-gguf", {"backend": "graphopt"}, weights="gguf"),
+    "graphopt-gguf": System("graphopt-gguf", {"backend": "graphopt"}, weights="file"),
 }
 
 
-def parse_systems(text: str) -> list[System]:
-    """Systems out of a list with commas. Everything wrong in it is an error now, before any work."""
+def parse_systems(text: str, source: ModelSource) -> list[System]:
+    """Systems for a model out of a list with commas. Everything wrong in it is an error now, before any work."""
     systems = [_parse(name.strip()) for name in text.split(",") if name.strip()]
     if not systems:
         raise OptionError(f"no system given; known are {', '.join(KNOWN)}")
     repeated = {system.name for system in systems if [other.name for other in systems].count(system.name) > 1}
     if repeated:
         raise OptionError(f"system {sorted(repeated)[0]!r} is given twice")
+    for system in systems:
+        if system.weights == "file" and source.gguf is None:
+            advice = f"; give llama.cpp:KIND ({', '.join(WRITTEN)})" if system.library else ""
+            raise OptionError(f"system {system.name!r}: model {source.name!r} comes from no .gguf file{advice}")
     return systems
 
 

@@ -33,9 +33,8 @@ def erase_unread(graph: Graph) -> None:
 
 
 def _has_no_dropout(node: Node) -> bool:
-    place = 4 if node.target == aten.scaled_dot_product_attention.default else 3
-    dropout = node.args[place] if len(node.args) > place else node.kwargs.get("dropout_p", 0.0)
-    return node.target in DIALECT or (isinstance(dropout, float) and dropout == 0.0)
+    dropout = arguments(node).get("dropout_p", 0.0)
+    return isinstance(dropout, float) and dropout == 0.0
 
 
 def _rows(node: Node) -> list[Any]:
@@ -48,11 +47,8 @@ def _rows(node: Node) -> list[Any]:
 
 def mask_of(node: Node) -> Node | None:
     """The mask of an attention, if it has one."""
-    if node.target in DIALECT:
-        mask = arguments(node)["mask"]
-    else:
-        place = 3 if node.target == aten.scaled_dot_product_attention.default else len(node.args)
-        mask = node.kwargs.get("attn_mask", node.args[place] if len(node.args) > place else None)
+    given = arguments(node)
+    mask = given["mask" if node.target in DIALECT else "attn_mask"]
     return mask if isinstance(mask, Node) else None
 
 
