@@ -61,6 +61,9 @@ from graphopt._compat.fakes import (
     new_fake_execution as new_fake_execution,
 )
 from graphopt._compat.fakes import (
+    placeholder_expression as placeholder_expression,
+)
+from graphopt._compat.fakes import (
     real_execution as real_execution,
 )
 from graphopt._compat.fakes import (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import _get_placeholder_expr
 
 Target = Callable[..., object]
 
@@ -115,6 +116,11 @@ def without_modes() -> Iterator[None]:
 
     with unset_fake_temporarily(), _disable_current_modes():
         yield
+
+
+def placeholder_expression(value: torch.SymInt) -> Any:
+    """What Inductor calls a symbolic number among a graph's inputs: its symbol from before it equalled another."""
+    return _get_placeholder_expr(value.node)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from graphopt import edit
+from graphopt import _compat, edit, shapes
 from graphopt.runtime import packs, pages
 from graphopt.runtime.epilogue import Epilogue, is_after_call, sink
 
@@ -240,12 +241,34 @@ def hoist(
         if not node.users:
             graph_module.graph.erase_node(node)
     edit.eliminate_dead_code(graph_module)
-    for position, node in reversed(list(enumerate(placeholders))):
-        # A symbolic size stays: the sizes of what the prologue makes may be given by it alone.
-        if not node.users and not isinstance(node.meta.get("val"), torch.SymInt):
-            graph_module.graph.erase_node(node)
-            del results[position], new_inputs[position]
+    unread = [node for node in placeholders if not node.users]
+    for node in reversed(_dispensable(unread, new_inputs)):
+        graph_module.graph.erase_node(node)
+        position = placeholders.index(node)
+        del results[position], new_inputs[position]
     return Prologue(tuple(steps), tuple(results), epilogue), new_inputs
+
+
+def _dispensable(unread: Sequence[fx.Node], inputs: Sequence[Any]) -> list[fx.Node]:
+    """Those of the unread inputs that can go: a compiler takes the symbols in all sizes from inputs."""
+    told = [symbol for value in inputs for symbol in _symbols_told(value)]
+    dispensable = []
+    for node in unread:
+        symbols = _symbols_told(node.meta.get("val"))
+        if not isinstance(node.meta.get("val"), torch.SymInt) and all(told.count(symbol) > 1 for symbol in symbols):
+            dispensable.append(node)
+            for symbol in symbols:
+                told.remove(symbol)
+    return dispensable
+
+
+def _symbols_told(value: Any) -> set[sympy.Expr]:
+    """The symbols that are a size or stride of a value by themselves, or the value itself."""
+    if isinstance(value, torch.SymInt):
+        return {_compat.placeholder_expression(value)}
+    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()
+    expressions = (shapes.expression(size) for size in sizes if isinstance(size, torch.SymInt))
+    return {expression for expression in expressions if expression.is_symbol}
 
 
 def _read_at_call_time(graph_module: fx.GraphModule) -> set[fx.Node]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from graphopt import counters
 from tests.kv import scenarios
@@ -29,6 +29,19 @@ FEW = (scenarios.greedy, scenarios.beams, scenarios.two_continuations, scenarios
 def test_tokens_are_those_of_eager(scenario: Callable[[Any], torch.Tensor]) -> None:
     expected = scenario(scenarios.tiny_llama())
     assert torch.equal(scenario(compiled(scenarios.tiny_llama(), strict=True)), expected)
+
+
+def test_lengths_that_are_found_equal_while_tracing() -> None:
+    """Each layer's length has a symbol, which attention finds equal to others; inputs must tell the one that stays."""
+
+    def model() -> Gemma2ForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = Gemma2Config(vocab_size=scenarios.VOCABULARY, num_hidden_layers=2, head_dim=8, **sizes)
+        return Gemma2ForCausalLM(config).eval()
+
+    expected = scenarios.greedy(model())
+    assert torch.equal(scenarios.greedy(compiled(model(), strict=True)), expected)
 
 
 def test_tokens_under_inference_mode() -> None:

@@ -20,7 +20,7 @@ def test_meaning(name: str, kind: str) -> None:
 @pytest.mark.rotate(one_in=24)
 @pytest.mark.parametrize("name, kind", CASES)
 def test_generated_code(name: str, kind: str) -> None:
-    architectures.check(name, kind, target="cpu")
+    architectures.check(name, kind, target="cpu", strict=True)
 
 
 def test_there_are_enough() -> None:
