@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx
 
 from graphopt.backends import cpp, inductor
-from graphopt.backends.cpp import sources
+from graphopt.backends.cpp import chain, sources
 from graphopt.capture import GraphInfo
-from graphopt.lowering import Lowered
+from graphopt.lowering import Lowered, choose
 from graphopt.options import Options
 
 
@@ -21,7 +21,10 @@ def prepare() -> str:
 
 def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: GraphInfo, options: Options) -> Lowered:
     """The graph as an Inductor artifact that calls the kernels; without a compiler, Inductor alone (reported)."""
-    lowered = inductor.compile_graph(graph_module, inputs, info, options, cpp.lowerings())
+    choices = choose(graph_module, cpp.lowerings())
+    if info.kind == "inference" and not cpp.unavailable_reason():
+        choices += chain.form(graph_module)
+    lowered = inductor.compile_graph(graph_module, inputs, info, options, choices)
     lowered.kernels = sources.used(lowered.choices)
     if reason := cpp.unavailable_reason():
         lowered.left_out.append(("the C++ kernels", reason))

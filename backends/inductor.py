@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from graphopt import _compat, ops, shapes, views
 from graphopt.backends.eager_arithmetic import write_as_eager
 from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
-from graphopt.lowering import Lowered, Lowering, choose, expand
+from graphopt.lowering import Choice, Lowered, choose, expand
 from graphopt.options import Options
 from graphopt.runtime import kv as kv  # what the cache operations do at call time
 from graphopt.runtime import kv_paged as kv_paged
@@ -29,10 +29,11 @@ def compile_graph(
     inputs: Sequence[Any],
     info: GraphInfo,
     options: Options,
-    lowerings: Sequence[Lowering] = (),
+    choices: list[Choice] | None = None,
 ) -> Lowered:
-    """The graph as a boxed Inductor artifact, and how each dialect operation was lowered."""
-    choices = choose(graph_module, lowerings)
+    """The graph as a boxed Inductor artifact. choices: how dialect operations are lowered already; None: none is."""
+    if choices is None:
+        choices = choose(graph_module, ())
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     expand(graph_module, {**undecomposed(), ops.rope: _rope_in_one_loop})
     write_as_eager(graph_module)

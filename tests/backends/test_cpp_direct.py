@@ -19,6 +19,7 @@ DIRECT = [
     "quantized_linear",
     "parallel_quantized_linear",
     "quantized_embedding",
+    "chain",
     "attention",
     "attention_quantized",
     "attention_paged",
@@ -123,4 +124,12 @@ def test_generated_code_calls_the_function() -> None:
         patch.setattr(Artifact, "_make_call", seen)
         compiled = torch.compile(module, backend="graphopt", options={"target": "cpu"})
         torch.testing.assert_close(compiled(x), module(x))
-    assert any("extern_kernels.graphopt_linear(" in source for source in sources)
+    assert any("extern_kernels.graphopt_chain(" in source for source in sources)
+
+
+def test_chain_equals_the_operator() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
+    text = "silu v0; linear plain v1 w0 -; out v1 v2"
+    assert all(map(torch.equal, direct("chain")([x], [weight], text), operators.chain([x], [weight], text)))
+    with pytest.raises(RuntimeError, match="chain: no values"):
+        direct("chain")([], [], "out")

@@ -17,6 +17,7 @@ using namespace graphopt;
 #include "quantized.h"
 #include "quantized_dynamic.h"
 #include "quantized_fixed.h"
+#include "row_steps.h"
 
 namespace {
 
@@ -47,6 +48,10 @@ void linear_rows(Dtype dtype, const LinearTask& task, PackedRows packed, int64_t
 #endif
   if (by_columns(dtype, packed.m, [&]<class S>(S) { ColumnLinear<S>::range(task, packed, begin, end); })) return;
   with_multiplier(dtype, packed.m, [&]<class M>(M) { linear_range<M>(task, packed, begin, end); });
+}
+
+void row_step(Dtype dtype, const RowTask& task) {
+  with_storage(dtype, [&]<class S>(S) { row_step_as<S>(task); });
 }
 
 void attention_floats(Dtype dtype, const AttentionTask& task, int64_t* scratch, int64_t* part) {
@@ -166,6 +171,7 @@ constexpr Kernels table = {
     .packed_bytes = packed_bytes,
     .pack_rows = pack_rows,
     .linear_rows = linear_rows,
+    .row_step = row_step,
     .pack_panel = pack_panel,
     .linear_panel = linear_panel,
     .quantized_bytes = quantized_bytes,

@@ -29,6 +29,19 @@ struct PackedRows {
   int64_t m, k;
 };
 
+// A step on m rows of n dense elements, and its dense result. b, dense: an operand of a's rows, or with ldb 0 one row for
+// all; where null, `number` takes its place. Norms: b and c are weight and bias or null, number is their eps; what offset
+// and cast_first mean says graphopt::rms_norm.
+enum class RowOp : int { add, mul, cube, relu, tanh, silu, gelu, gelu_tanh, rms_norm, layer_norm };
+struct RowTask {
+  RowOp op;
+  const void *a, *b, *c;
+  void* out;
+  int64_t m, n, lda, ldb;
+  float number, offset;
+  bool cast_first;
+};
+
 // Memory of one attention call; strides in elements, the last dimension of q, k, v and out is dense.
 struct AttentionTask {
   const void *q, *k, *v, *mask;
@@ -108,6 +121,8 @@ struct Kernels {
   size_t (*packed_bytes)(Dtype, int64_t m, int64_t k);
   void (*pack_rows)(Dtype, const void* x, int64_t ldx, PackedRows);
   void (*linear_rows)(Dtype, const LinearTask&, PackedRows, int64_t n_begin, int64_t n_end);
+  // A step between linears: few rows, which are in the cache.
+  void (*row_step)(Dtype, const RowTask&);
   // Large-batch linear in bf16, or null where the library's own is as fast. Rows are packed in groups of 32.
   void (*pack_panel)(const void* x, int64_t ldx, PackedRows, int64_t m_begin, int64_t m_end);
   void (*linear_panel)(const LinearTask&, PackedRows, int64_t n_begin, int64_t n_end);

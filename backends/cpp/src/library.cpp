@@ -10,6 +10,7 @@
 #include "attention_op.h"
 #include "attention_paged_op.h"
 #include "attention_quantized_op.h"
+#include "chain_op.h"
 #include "kernels.h"
 #include "linear_op.h"
 #include "operators.h"
@@ -61,6 +62,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
       direct<quantized_linear_cpu>("quantized_linear"),
       direct<parallel_quantized_linear>("parallel_quantized_linear"),
       direct<quantized_embedding_cpu>("quantized_embedding"),
+      direct<chain_cpu>("chain"),
       direct<attention_cpu>("attention"),
       direct<quantized_cache::attention_quantized_cpu>("attention_quantized"),
       direct<paged_cache::attention_paged_cpu>("attention_paged"),

@@ -7,6 +7,7 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include "decode.h"
 #include "kernels.h"
 #include "operators.h"
 
@@ -18,42 +19,26 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t panel_unit = 32;  // rows of a weight that the tile kernel takes together
 
-bool kernel_takes(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  if (x.dim() < 1 || weight.dim() != 2 || !dtype_of(x.scalar_type())) return false;
-  if (weight.scalar_type() != x.scalar_type() || x.layout() != at::kStrided || weight.layout() != at::kStrided) return false;
+bool kernel_takes(at::ScalarType dtype, const Tensor& weight, const MaybeTensor& bias) {
+  if (weight.dim() != 2 || weight.scalar_type() != dtype || weight.layout() != at::kStrided) return false;
   const int64_t n = weight.size(0), k = weight.size(1);
-  if (n == 0 || k == 0 || x.size(-1) != k || x.numel() == 0) return false;
+  if (n == 0 || k == 0) return false;
   if (weight.stride(1) != 1 && k != 1) return false;
   if (weight.stride(0) < k && n != 1) return false;  // expanded or overlapping rows
   if (!bias || !bias->defined()) return true;
-  return bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type() && bias->layout() == at::kStrided &&
-         (bias->stride(0) == 1 || n == 1);
+  return bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == dtype && bias->layout() == at::kStrided && (bias->stride(0) == 1 || n == 1);
 }
 
-LinearTask task_of(const Tensor& weight, const MaybeTensor& bias, const Tensor& out) {
+bool kernel_takes(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  if (x.dim() < 1 || weight.dim() != 2 || !dtype_of(x.scalar_type()) || x.layout() != at::kStrided) return false;
+  return x.size(-1) == weight.size(1) && x.numel() != 0 && kernel_takes(x.scalar_type(), weight, bias);
+}
+
+LinearTask task_of(const Tensor& weight, const MaybeTensor& bias, void* out) {
   const bool has_bias = bias && bias->defined();
   const int64_t n = weight.size(0);
-  return {weight.const_data_ptr(), has_bias ? bias->const_data_ptr() : nullptr, out.mutable_data_ptr(), n, weight.size(1),
+  return {weight.const_data_ptr(), has_bias ? bias->const_data_ptr() : nullptr, out, n, weight.size(1),
           weight.stride(0), n};
-}
-
-// Up to max_decode_rows rows: one parallel region over all weights.
-void run_decode(const Tensor& x, int64_t m, at::ArrayRef<LinearTask> tasks) {
-  const Kernels& table = kernels();
-  const Dtype dtype = *dtype_of(x.scalar_type());
-  const Tensor rows = rows_of(x, m);
-  const int64_t k = rows.size(1), ldx = rows.stride(0), unit_bytes = std::max<int64_t>(1, row_unit * k * int64_t(rows.element_size()));
-  const void* data = rows.const_data_ptr();
-  const size_t bytes = table.packed_bytes(dtype, m, k);
-  // Packed by each thread for itself: cheaper than fetching it from another core's cache.
-  auto pack = [&] {
-    const PackedRows packed{scratch(Scratch::per_thread, bytes), m, k};
-    table.pack_rows(dtype, data, ldx, packed);
-    return packed;
-  };
-  for_rows_of_all(tasks, row_unit, unit_bytes, pack, [&](const PackedRows& packed, const LinearTask& task, int64_t from, int64_t to) {
-    table.linear_rows(dtype, task, packed, from, to);
-  });
 }
 
 // Rows of x packed at a time: as many as stay in a core's cache while a thread's share of the weight passes by.
@@ -96,9 +81,9 @@ bool run(const Tensor& x, at::TensorList weights, at::ArrayRef<MaybeTensor> bias
   c10::SmallVector<LinearTask, 4> tasks;
   for (size_t i = 0; i < weights.size(); ++i) {
     outs.push_back(at::empty(out_sizes(x, weights[i].size(0)), x.options().requires_grad(false)));
-    tasks.push_back(task_of(weights[i], biases[i], outs.back()));
+    tasks.push_back(task_of(weights[i], biases[i], outs.back().mutable_data_ptr()));
   }
-  decode ? run_decode(x, m, tasks) : run_prefill(x, m, tasks);
+  decode ? run_decode<LinearTask>(rows_of(x, m), tasks) : run_prefill(x, m, tasks);
   return true;
 }
 

@@ -53,31 +53,56 @@ inline at::Tensor rows_of(const at::Tensor& x, int64_t m) {
   return rows.stride(1) == 1 || k == 1 ? rows : rows.contiguous();
 }
 
-// Shares the rows (task.n) of all weights, in units of so many rows and bytes, among threads. Each calls begin() once and
-// then f(begun, task, first row, row after the last) for one piece after the other.
-template <class Task, class Begin, class Call>
-void for_rows_of_all(at::ArrayRef<Task> tasks, int64_t unit, int64_t unit_bytes, const Begin& begin, const Call& f) {
-  auto units_of = [unit](const Task& task) { return (task.n + unit - 1) / unit; };
-  int64_t units = 0;
-  for (const Task& task : tasks) units += units_of(task);
-  TORCH_CHECK(units <= UINT32_MAX, "a weight of ", units * unit, " rows is more than these kernels count");
-  const int64_t threads = std::clamp<int64_t>(units * unit_bytes / bytes_worth_threads, 1, at::get_num_threads());
-  Shares shares(units, threads, threads == 1 ? units : std::max<int64_t>(1, bytes_at_a_time / unit_bytes));
-  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    Shares::Piece piece = shares.take(thread);
+// The rows (task.n) of all weights, in units of so many rows and bytes, shared among threads.
+template <class Task>
+class RowsOfAll {
+ public:
+  RowsOfAll(at::ArrayRef<Task> tasks, int64_t unit, int64_t unit_bytes, int64_t threads)
+      : tasks_(tasks), unit_(unit), shares_(units(tasks, unit), threads, threads == 1 ? INT64_MAX : std::max<int64_t>(1, bytes_at_a_time / unit_bytes)) {}
+
+  // How many threads are worth it.
+  static int64_t threads(at::ArrayRef<Task> tasks, int64_t unit, int64_t unit_bytes) {
+    return std::clamp<int64_t>(units(tasks, unit) * unit_bytes / bytes_worth_threads, 1, at::get_num_threads());
+  }
+
+  // The part of a thread, which calls begin() once and then f(begun, task, first row, row after the last) for one piece
+  // after the other.
+  template <class Begin, class Call>
+  void run(int64_t thread, const Begin& begin, const Call& f) {
+    Shares::Piece piece = shares_.take(thread);
     if (piece.from == piece.to) return;
     const auto begun = begin();
-    for (; piece.from < piece.to; piece = shares.take(thread)) {
+    for (; piece.from < piece.to; piece = shares_.take(thread)) {
       int64_t first = 0;  // the unit at which the task begins
-      for (const Task& task : tasks) {
-        const int64_t last = first + units_of(task);
-        const int64_t low = (std::max<int64_t>(piece.from, first) - first) * unit;
-        const int64_t high = std::min((std::min<int64_t>(piece.to, last) - first) * unit, task.n);
+      for (const Task& task : tasks_) {
+        const int64_t last = first + units_of(task, unit_);
+        const int64_t low = (std::max<int64_t>(piece.from, first) - first) * unit_;
+        const int64_t high = std::min((std::min<int64_t>(piece.to, last) - first) * unit_, task.n);
         if (low < high) f(begun, task, low, high);
         first = last;
       }
     }
-  });
+  }
+
+ private:
+  static int64_t units_of(const Task& task, int64_t unit) { return (task.n + unit - 1) / unit; }
+  static int64_t units(at::ArrayRef<Task> tasks, int64_t unit) {
+    int64_t all = 0;
+    for (const Task& task : tasks) all += units_of(task, unit);
+    TORCH_CHECK(all <= UINT32_MAX, "a weight of ", all * unit, " rows is more than these kernels count");
+    return all;
+  }
+
+  at::ArrayRef<Task> tasks_;
+  int64_t unit_;
+  Shares shares_;
+};
+
+template <class Task, class Begin, class Call>
+void for_rows_of_all(at::ArrayRef<Task> tasks, int64_t unit, int64_t unit_bytes, const Begin& begin, const Call& f) {
+  const int64_t threads = RowsOfAll<Task>::threads(tasks, unit, unit_bytes);
+  RowsOfAll<Task> rows(tasks, unit, unit_bytes, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { rows.run(thread, begin, f); });
 }
 
 }  // namespace graphopt

@@ -12,6 +12,7 @@
 
 #include <string_view>
 
+#include "decode.h"
 #include "kernels.h"
 #include "operators.h"
 
@@ -88,35 +89,15 @@ QuantizedTask task_of(const Scheme& scheme, at::TensorList parts, int64_t k) {
   return task;
 }
 
-QuantizedTask task_of(const Scheme& scheme, at::TensorList parts, const Tensor& x, const MaybeTensor& bias) {
-  QuantizedTask task = task_of(scheme, parts, x.size(-1));
+QuantizedTask task_of(const Scheme& scheme, at::TensorList parts, int64_t k, at::ScalarType dtype, const MaybeTensor& bias) {
+  QuantizedTask task = task_of(scheme, parts, k);
   if (bias && bias->defined()) {
-    const bool fits = bias->dim() == 1 && bias->size(0) == task.n && bias->scalar_type() == x.scalar_type();
-    TORCH_CHECK(fits && bias->is_contiguous(), "the bias must be ", task.n, " contiguous values of ", x.dtype());
+    const bool fits = bias->dim() == 1 && bias->size(0) == task.n && bias->scalar_type() == dtype;
+    TORCH_CHECK(fits && bias->is_contiguous(), "the bias must be ", task.n, " contiguous values of ", dtype);
     task.bias = bias->const_data_ptr();
   }
   task.ldo = task.n;
   return task;
-}
-
-// Up to max_decode_rows rows: one parallel region over all weights, as for plain linears.
-void run_decode(const Tensor& rows, const Tasks& tasks) {
-  const Kernels& table = kernels();
-  const Dtype dtype = *dtype_of(rows.scalar_type());
-  const QuantizedTask& like = tasks.front();
-  const int64_t m = rows.size(0), ldx = rows.stride(0);
-  const void* data = rows.const_data_ptr();
-  const size_t bytes = table.quantized_bytes(dtype, like, m);
-  auto pack = [&] {
-    const PackedRows packed{scratch(Scratch::per_thread, bytes), m, like.k};
-    table.quantized_pack(dtype, like, data, ldx, packed);
-    return packed;
-  };
-  const int64_t unit_bytes = std::max<int64_t>(1, row_unit * like.row_bytes);
-  for_rows_of_all<QuantizedTask>(tasks, row_unit, unit_bytes, pack,
-                                 [&](const PackedRows& packed, const QuantizedTask& task, int64_t from, int64_t to) {
-                                   table.quantized_rows(dtype, task, packed, from, to);
-                                 });
 }
 
 Element element_of(const Tensor& x) {
@@ -193,7 +174,7 @@ std::vector<Tensor> parallel_quantized_linear(const Tensor& x, at::TensorList pa
   TORCH_CHECK(dtype && x.dim() >= 1 && x.layout() == at::kStrided, "x must be a dense floating-point tensor [..., K], got ", x.dtype(), " ", x.sizes());
   Tasks tasks;
   for (size_t i = 0; i < biases.size(); ++i)
-    tasks.push_back(task_of(scheme, packed.slice(i * scheme.parts(), scheme.parts()), x, biases[i]));
+    tasks.push_back(task_of(scheme, packed.slice(i * scheme.parts(), scheme.parts()), x.size(-1), x.scalar_type(), biases[i]));
   const int64_t k = x.size(-1), m = k ? x.numel() / k : 0;
   const WithoutAutocast guard;
   std::vector<Tensor> outs;
@@ -206,7 +187,7 @@ std::vector<Tensor> parallel_quantized_linear(const Tensor& x, at::TensorList pa
     outs.push_back(at::empty(out_sizes(x, task.n), x.options().requires_grad(false)));
     task.out = outs.back().mutable_data_ptr();
   }
-  if (m && !tasks.empty()) run_decode(rows_of(x, m), tasks);
+  if (m && !tasks.empty()) run_decode<QuantizedTask>(rows_of(x, m), tasks);
   return outs;
 }
 
