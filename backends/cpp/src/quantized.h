@@ -34,24 +34,26 @@ struct PackedX {
   typename M::X* end(int64_t m) const { return x + m * ldx; }
 };
 
-// Halves [count > 0] as floats, zeros behind them.
-INLINE F halves(const uint16_t* p, int64_t count) {
+// Halves [count > 0] as floats, zeros behind them; of `readable` more than those may be read.
+INLINE F halves(const uint16_t* p, int64_t count, [[maybe_unused]] int64_t readable = 0) {
   if (count >= lanes) return Fp16::widen(p);
 #if defined(__AVX512F__)
   return F(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p)));
 #else
+  if (readable >= lanes) return select(lane_number() < int32_t(count), Fp16::widen(p), F{});
   uint16_t buffer[lanes] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
   return Fp16::widen(buffer);
 #endif
 }
 
-// Bytes [count > 0] as integers, zeros behind them.
-INLINE U small_numbers(const uint8_t* p, int64_t count) {
+// Bytes [count > 0] as integers, zeros behind them; of `readable` more than those may be read.
+INLINE U small_numbers(const uint8_t* p, int64_t count, [[maybe_unused]] int64_t readable = 0) {
   const int32_t inside = int32_t(smaller(count, lanes));
 #if defined(__AVX512F__)
   return U(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << inside) - 1), p)));
 #else
+  if (readable >= lanes) return reinterpret_cast<U>((lane_number() < inside) & widened(p) & 255);
   uint8_t buffer[lanes] = {};
   for (int i = 0; i < inside; ++i) buffer[i] = p[i];
   return reinterpret_cast<U>(widened(buffer) & 255);
@@ -79,14 +81,14 @@ INLINE int group_shift(const QuantizedTask& task) { return task.group == 32 ? 0 
 
 INLINE F halves_for_runs(const QuantizedTask& task, const void* groups, int64_t n, int64_t from) {
   return for_runs(group_shift(task), task.groups, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
-    return halves(static_cast<const uint16_t*>(groups) + n * task.groups + first, count);
+    return halves(static_cast<const uint16_t*>(groups) + n * task.groups + first, count, (task.n - n) * task.groups - first);
   });
 }
 
 // Bytes of groups of 32 times their units: two of them for a vector, or one.
 INLINE F counts_for_runs(const QuantizedTask& task, const void* counts, const void* units, int64_t n, int64_t from) {
   if (from >= task.groups) return F{};
-  const U bytes = small_numbers(static_cast<const uint8_t*>(counts) + n * task.groups + from, task.groups - from);
+  const U bytes = small_numbers(static_cast<const uint8_t*>(counts) + n * task.groups + from, task.groups - from, (task.n - n) * task.groups - from);
   const int64_t all = unit_count(task.groups), first = from >> unit_shift;
   const uint16_t* unit = static_cast<const uint16_t*>(units) + n * all + first;
 #if defined(__AVX512F__)
@@ -272,6 +274,17 @@ void quantized_range(Dtype out, const QuantizedTask& task, PackedRows rows, int6
             quantized_block<M, grouped, 2, 2>(task, reader, packed, first + i, smaller(m, rows.m - 2), i, ahead), m += 2;
         }
     store_totals_of(out, task, packed, rows.m, first, count);
+  }
+}
+
+// Calls f.operator()<Read, group>() for the task's columns under one scale.
+template <class Read, class Call>
+INLINE void by_group(const QuantizedTask& task, const Call& f) {
+  switch (task.group) {
+    case 0: return f.template operator()<Read, 0>();
+    case 32: return f.template operator()<Read, 32>();
+    case 64: return f.template operator()<Read, 64>();
+    default: return f.template operator()<Read, 128>();
   }
 }
 
