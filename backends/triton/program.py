@@ -22,10 +22,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphopt.backends.triton import expressions, helpers
+from graphopt.backends.triton.buffers import Buffers, Slot, last_uses, shape_text
 from graphopt.backends.triton.kernels import generate
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported, key
-from graphopt.backends.triton.source import Kernel, Scratch, harmless
+from graphopt.backends.triton.source import Kernel, harmless
 from graphopt.index_map import ALIASING_VIEWS, size_expression
 from graphopt.lowering import USERS_KERNELS
 from graphopt.ops import kv_write
@@ -102,16 +103,12 @@ class Writer:
         self._names: dict[Node, str] = {}
         self._by_key: dict[str, tuple[Kernel | Unsupported, list[sympy.Symbol]]] = {}
         self._by_digest: dict[str, str] = {}
-        self._buffers = 0
-        self._free: dict[tuple[str, str], list[str]] = {}
-        self._owned: dict[str, tuple[str, str]] = {}
-        self._root: dict[Node, Node] = {}
+        self._buffers = Buffers(self.lines.append)
 
     def program(self) -> Program:
         """Walk the graph once and assemble the file."""
         nodes = list(self.graph_module.graph.nodes)
-        self._find_roots(nodes)
-        last_use = self._last_uses(nodes)
+        last_use = last_uses(nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]
         self._bind_inputs(placeholders)
         for place, node in enumerate(nodes):
@@ -119,7 +116,8 @@ class Writer:
                 self.lines.append(f"return {self._text(node.args[0])}")
             elif node.op != "placeholder":
                 self._node(node, self._names, "")
-            self._release([n for n in last_use.get(place, []) if n in self._names])
+            for result in last_use.get(place, []):
+                self._buffers.release(self._names[result])
         used = set().union(*(k.helpers for k in self.kernels.values())) if self.kernels else set()
         parts = [PRELUDE, *helpers.in_order(used), *(k.text(name) for name, k in self.kernels.items())]
         body = "\n".join(f"    {line}" for line in self.lines)
@@ -127,7 +125,7 @@ class Writer:
         source = "\n\n".join(p.strip("\n") + "\n" for p in (*parts, call))
         return Program(source, self.kernels, self.calls, self.fallbacks, self.constants, self.updates_last)
 
-    # -- inputs and lifetimes ------------------------------------------------------------------------------------
+    # -- inputs ------------------------------------------------------------------------------------
 
     def _bind_inputs(self, placeholders: list[Node]) -> None:
         names = [f"arg{i}" for i in range(len(placeholders))]
@@ -147,41 +145,6 @@ class Writer:
                 if expression.is_Symbol and expression not in bound:
                     bound.add(expression)
                     self.lines.append(f"{text_of(expression)} = {text}")
-
-    def _find_roots(self, nodes: list[Node]) -> None:
-        """Which earlier node's memory a node's value may share."""
-        for node in nodes:
-            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))]
-            source = tensors[0] if tensors else None
-            shares = node.target in ALIASING_VIEWS or node.target is operator.getitem or (
-                isinstance(node.target, torch._ops.OpOverload)
-                and any(r.alias_info is not None for r in node.target._schema.returns))
-            self._root[node] = self._root[source] if shares and source is not None else node
-
-    def _last_uses(self, nodes: list[Node]) -> dict[int, list[Node]]:
-        last: dict[Node, int] = {}
-        for place, node in enumerate(nodes):
-            last[node] = max(place, last.get(node, 0))
-            for used in node.all_input_nodes:
-                last[used] = place
-        grouped: dict[Node, int] = {}
-        for node, place in last.items():
-            root = self._root[node]
-            grouped[root] = max(place, grouped.get(root, 0))
-        returned = {self._root[n] for n in nodes[-1].all_input_nodes}
-        uses: dict[int, list[Node]] = {}
-        for node in nodes:
-            root = self._root[node]
-            if node.op == "call_module" or (root is node and root not in returned and node.op == "call_function"):
-                uses.setdefault(grouped[root], []).append(node)
-        return {p: [n for n in ns if self._root[n] not in returned] for p, ns in uses.items()}
-
-    def _release(self, nodes: list[Node]) -> None:
-        for node in nodes:
-            listed = self._names[node].split(",") if node.op == "call_module" else [self._names[node]]
-            for name in (n.strip() for n in listed):
-                if name in self._owned:
-                    self._free.setdefault(self._owned.pop(name), []).append(name)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -208,7 +171,7 @@ class Writer:
         if source.op == "call_module":
             names[node] = [n.strip() for n in names[source].strip("()").split(",")][place]
         else:
-            names[node] = self._new("buf")
+            names[node] = self._buffers.new("buf")
             self.lines.append(f"{names[node]} = {names[source]}[{place}]")
 
     def _aten(self, node: Node, names: dict[Node, str], reason: str) -> None:
@@ -224,11 +187,11 @@ class Writer:
         self.updated = self.updated or target._schema.is_mutable
         arguments = [self._text(a, names) for a in node.args]
         arguments += [f"{_keyword(k)}={self._text(v, names)}" for k, v in node.kwargs.items()]
-        names[node] = self._new("buf")
+        names[node] = self._buffers.new("buf")
         text = f"{path}({', '.join(arguments)})"
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and target not in ALIASING_VIEWS and not target._schema.is_mutable:
-            text = f"laid_out({text}, {self._shape(value.shape)}, {self._shape(value.stride())})"
+            text = f"laid_out({text}, {shape_text(value.shape)}, {shape_text(value.stride())})"
         self.lines.append(f"{names[node]} = {text}")
 
     def _region(self, node: Node) -> None:
@@ -277,18 +240,18 @@ class Writer:
         tensors = [self._text(a) for a, p in zip(node.args, region.placeholders, strict=True)
                    if isinstance(p.meta["val"], torch.Tensor)]
         device = next((f"{t}.device" for t in tensors), None)
-        outputs = [self._allocate(o.meta["val"], device) for o in region.outputs]
+        outputs = [self._buffers.allocate(o.meta["val"], device) for o in region.outputs]
         sizes = {s.name: text_of(expression.xreplace(symbols)) for s, expression in kernel.sizes}
         wide = self._index_type([*region.inputs, *region.outputs], region)
         places = {f"in{i}": t for i, t in enumerate(tensors)} | {f"out{i}": o for i, o in enumerate(outputs)}
-        slots: list[tuple[str, tuple[str, str]]] = []
+        slots: list[tuple[str, Slot]] = []
         for each in kernel.scratch:
-            slots.append(self._scratch(each, _with_sizes(each.elements, kernel, sizes), device))
+            slots.append(self._buffers.scratch(each, _with_sizes(each.elements, kernel, sizes), device))
             places[each.name] = slots[-1][0]
         for step in kernel.chain:
             self._write_launch(node, step, [places[p] for p in step.parameters], sizes, wide)
         for name, slot in slots:
-            self._free.setdefault(slot, []).append(name)
+            self._buffers.give_back(name, slot)
         self.updates_last = self.updates_last and not self.updated
         self._names[node] = ", ".join(outputs)
 
@@ -314,38 +277,6 @@ class Writer:
 
     # -- texts ---------------------------------------------------------------------------------------------------
 
-    def _new(self, hint: str) -> str:
-        self._buffers += 1
-        return f"{hint}{self._buffers - 1}"
-
-    def _allocate(self, value: torch.Tensor, device: str | None) -> str:
-        name = self._new("buf")
-        size, stride = self._shape(value.shape), self._shape(value.stride())
-        dtype = _dtype(value.dtype)
-        slot = (dtype, f"{size} {stride}")
-        free = self._free.get(slot)
-        if free:
-            self.lines.append(f"{name} = {free.pop()}")
-        else:
-            place = device or repr(str(value.device))
-            self.lines.append(f"{name} = torch.empty_strided({size}, {stride}, dtype={dtype}, device={place})")
-        self._owned[name] = slot
-        return name
-
-    def _scratch(self, scratch: Scratch, elements: str, device: str | None) -> tuple[str, tuple[str, str]]:
-        """Memory that is free again after the next launches, and its slot; zeros are left as zeros, for others."""
-        made = "zeros" if scratch.zeroed else "empty"
-        slot = (_dtype(scratch.dtype), f"{made} {elements}")
-        if self._free.get(slot):
-            return self._free[slot].pop(), slot
-        name = self._new("scratch")
-        self.lines.append(f"{name} = torch.{made}(({elements},), dtype={slot[0]}, device={device})")
-        return name, slot
-
-    def _shape(self, sizes: Any) -> str:
-        texts = [text_of(size_expression(s)) for s in sizes]
-        return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
-
     def _text(self, value: Any, names: dict[Node, str] | None = None) -> str:
         """An argument as Python text; raises Unsupported for a kind that has none."""
         if isinstance(value, Node):
@@ -363,7 +294,7 @@ class Writer:
         if isinstance(value, torch.device):
             return f"torch.device({str(value)!r})"
         if isinstance(value, torch.dtype):
-            return _dtype(value)
+            return str(value)
         if isinstance(value, (torch.layout, torch.memory_format)):
             return str(value)
         raise Unsupported(f"an argument of type {type(value).__name__}")
@@ -373,10 +304,6 @@ def _with_sizes(text: str, kernel: Kernel, sizes: dict[str, str]) -> str:
     """A number in a kernel's parameters and constants as the caller computes it."""
     given = {name: f"({size})" for name, size in sizes.items()} | {k: str(v) for k, v in kernel.constants.items()}
     return re.sub(r"\b[A-Za-z]\w*\b", lambda word: given.get(word[0], word[0]), text)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype)
 
 
 def _keyword(name: str) -> str:
