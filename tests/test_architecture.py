@@ -22,6 +22,7 @@ LAYERS = (
         "graphopt.shapes",
         "graphopt.views",
         "graphopt.index_map",
+        "graphopt.index_inverse",
         "graphopt.row_ops",
         "graphopt.cost",
         "graphopt.estimate",
