@@ -22,9 +22,9 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import graphopt.ops  # noqa: F401  (registers the dialect)
 from graphopt import _compat
 from graphopt.index_map import ALIASING_VIEWS, product, size_expression
+from graphopt.ops import kv_write
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
 from graphopt.runtime import pages
 
@@ -170,6 +170,13 @@ def value_bytes(value: Any) -> sympy.Expr:
     return product(dims) * value.dtype.itemsize
 
 
+def _written_bytes(node: Node) -> sympy.Expr:
+    """The bytes that a node writes: its value, or the rows that it writes into a cache."""
+    written = node.args[1] if node.target is kv_write else node
+    assert isinstance(written, Node)
+    return value_bytes(written.meta.get("val"))
+
+
 def _numel(value: Any) -> sympy.Expr:
     if isinstance(value, (tuple, list)):
         return sum((_numel(v) for v in value), _ZERO)
@@ -208,7 +215,7 @@ def _reads(node: Node, operand: Node) -> sympy.Expr:
         return value_bytes(operand.meta["val"]) * sympy.Min(mixture.rows, mixture.count) / mixture.count
     if node.target in _GATHERS and node.args[0] is operand:
         return value_bytes(value)
-    if node.target is aten.copy_.default and node.args[0] is operand:
+    if node.target in (aten.copy_.default, kv_write) and node.args[0] is operand:
         return _ZERO
     if str(node.target) == "graphopt.quantized_embedding.default" and node.args[0] is not operand:
         picked, table = node.args[0], operand.meta["val"]
@@ -306,7 +313,7 @@ def node_cost(graph_module: GraphModule, node: Node, model: CostModel | None = N
     if node.op == "call_module":
         return region_cost(region_of(graph_module, node))
     reads = sum((_reads(node, operand) for operand in node.all_input_nodes), _ZERO)
-    return Cost(reads + value_bytes(node.meta.get("val")), flops(node), 1)
+    return Cost(reads + _written_bytes(node), flops(node), 1)
 
 
 def _moves_data(node: Node) -> bool:
@@ -327,7 +334,7 @@ def region_cost(region: GraphModule) -> Cost:
         if node.op == "placeholder":
             total += _input_bytes(node)
     returned = region.graph.output_node().all_input_nodes
-    written = sum((value_bytes(n.meta.get("val")) for n in returned if n.op != "placeholder"), _ZERO)
+    written = sum((_written_bytes(n) for n in returned if n.op != "placeholder"), _ZERO)
     return Cost(total + written, sum((flops(n) for n in region.graph.nodes), _ZERO), 1)
 
 
@@ -345,6 +352,9 @@ def _picked(node: Node) -> sympy.Expr | None:
         if (user.target in _GATHERS and user.args[0] is node) or (mixture is not None and node in mixture.experts):
             read.append(_reads(user, node))
             continue
+        if user.target is kv_write and user.args[0] is node:
+            read.append(_ZERO)
+            continue
         inner = _picked(user) if user.target is aten.permute.default else None
         if inner is None:
             return None
@@ -358,8 +368,18 @@ def graph_cost(graph_module: GraphModule, model: CostModel | None = None) -> Cos
 
 
 def minimal_bytes(graph_module: GraphModule) -> sympy.Expr:
-    """The least that any kernels could move: each used input once and each new output once."""
+    """The least that any kernels could move: each used input once, and once what is new of each output."""
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder" and n.users]
     outputs = graph_module.graph.output_node().all_input_nodes
     read = sum((_input_bytes(n) for n in inputs), _ZERO)
-    return read + sum((value_bytes(n.meta.get("val")) for n in outputs if n.op != "placeholder"), _ZERO)
+    return read + sum((_new_bytes(n) for n in outputs if n.op != "placeholder"), _ZERO)
+
+
+def _new_bytes(output: Node) -> sympy.Expr:
+    """What must be written for an output: of an input that is continued, only what comes behind it (in its own memory,
+    where there is room)."""
+    listed = output.args[0] if output.target is aten.cat.default else ()
+    first, *others = listed if isinstance(listed, (tuple, list)) and listed else (None,)
+    if isinstance(first, Node) and first.op == "placeholder":
+        return sum((value_bytes(other.meta["val"]) for other in others if isinstance(other, Node)), _ZERO)
+    return _written_bytes(output)

@@ -363,12 +363,19 @@ def is_impure(node: fx.Node) -> bool:
     """Whether a node must stay even if nothing uses it."""
     if node.op in ("placeholder", "output"):
         return True
+    if node.op == "call_module" and isinstance(region := _module_of(node), fx.GraphModule):
+        return any(is_impure(step) for step in region.graph.nodes if step.op not in ("placeholder", "output"))
     if isinstance(node.target, torch._ops.OpOverload):
         seeded = torch.Tag.nondeterministic_seeded in node.target.tags
         if seeded and not _never_drops(node):
             return True
         return node.target._schema.is_mutable or bool(node.is_impure(impure_random=False))
     return bool(node.is_impure())
+
+
+def _module_of(node: fx.Node) -> torch.nn.Module | None:
+    owner = node.graph.owning_module
+    return owner.get_submodule(str(node.target)) if owner is not None else None
 
 
 def _never_drops(node: fx.Node) -> bool:

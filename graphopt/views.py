@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from graphopt import _compat, shapes
+from graphopt import _compat, ops, shapes
 
 aten = torch.ops.aten
 
@@ -83,9 +83,28 @@ def storage(node: fx.Node) -> fx.Node:
     return node
 
 
+def written_into(node: fx.Node) -> fx.Node | None:
+    """The memory that a result of a region lies in because the region writes it there with `kv_write`, if it does."""
+    call, place = node.args
+    assert isinstance(call, fx.Node) and isinstance(place, int)
+    return rooms_of(call)[place]
+
+
+def rooms_of(call: fx.Node) -> list[fx.Node | None]:
+    """For each result of a region (a `call_module` node) the argument that the region writes it into, or None."""
+    region = cast(fx.GraphModule, call.graph.owning_module).get_submodule(str(call.target))
+    assert isinstance(region, fx.GraphModule)
+    given = dict(zip(region.graph.find_nodes(op="placeholder"), call.args, strict=True))
+    results: Any = region.graph.output_node().args[0]
+    listed = results if isinstance(results, (tuple, list)) else (results,)
+    written = [r.args[0] if isinstance(r, fx.Node) and r.target is ops.kv_write else None for r in listed]
+    return [cast(fx.Node, given[room]) if isinstance(room, fx.Node) else None for room in written]
+
+
 def _aliased(node: fx.Node) -> fx.Node | None:
     if node.target is operator.getitem:
-        return _aliased(cast(fx.Node, node.args[0]))
+        made = cast(fx.Node, node.args[0])
+        return written_into(node) if made.op == "call_module" else _aliased(made)
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     returned = node.target._schema.returns

@@ -280,9 +280,7 @@ class AttentionSection:
         evaluator = Evaluator(self.region, Frame(self.names, lines, lines, ""), [self.batch, self.head, m, self.dv])
         node = self.spec.result
         index = (*self._row_index(), *_symbols(self.dv))
-        strides = self.region.strides(node)
-        offset = sum((i * s for i, s in zip(index, strides, strict=True)), sympy.Integer(0))
-        address, mask, uses = evaluator.address(sympy.expand(offset))
+        address, mask, uses = evaluator.address(self.region.address(0, index))
         for missing in [a for a in (m, self.dv) if a.name not in uses]:
             address += f" + 0 * {missing.position}"
             mask = " & ".join(x for x in (mask, missing.mask) if x)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from graphopt import views
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.source import Scratch
 from graphopt.index_map import ALIASING_VIEWS, size_expression
@@ -92,12 +93,15 @@ def _is_result(node: Node) -> bool:
 
 
 def _roots(nodes: Sequence[Node]) -> dict[Node, Node]:
-    """The earlier node whose memory a node's value may share; results of a region have memory of their own."""
+    """The earlier node whose memory a node's value may share: for a result of a region, what it is written into."""
     roots: dict[Node, Node] = {}
     for node in nodes:
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))]
         shares = node.target in ALIASING_VIEWS or node.target is operator.getitem or (
             isinstance(node.target, torch._ops.OpOverload)
             and any(r.alias_info is not None for r in node.target._schema.returns))
-        roots[node] = roots[tensors[0]] if tensors and shares and not _is_result(node) else node
+        source = tensors[0] if tensors and shares else None
+        if _is_result(node):
+            source = views.written_into(node)
+        roots[node] = node if source is None else roots[source]
     return roots

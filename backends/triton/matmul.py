@@ -29,6 +29,7 @@ from graphopt.backends.triton.reductions import describe
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection, Scope, ancestors, structures_before
 from graphopt.backends.triton.source import power_of_two
+from graphopt.index_inverse import base_of, shown_index
 from graphopt.index_map import Index, flatten, product, unflatten
 
 aten = torch.ops.aten
@@ -303,18 +304,15 @@ class MatmulSection:
 
     def _store(self, output: int, evaluator: Evaluator, lines: list[str]) -> None:
         node = self.region.outputs[output]
-        sizes = self.region.sizes(node)
-        own = self._result_index()
+        base, own = base_of(node), self._result_index()
+        sizes = self.region.sizes(base)
         result_sizes = self.region.sizes(self.products[0].result)
-        if sizes == result_sizes:
-            index = own
-        elif product(sizes) == product(result_sizes):
-            index = unflatten(flatten(own, result_sizes), sizes, evaluator.ranges)
-        else:
+        if product(sizes) != product(result_sizes):
             raise Unsupported("an epilogue of another size than its product")
-        value = evaluator.value(node, index)
-        offset = sum((i * s for i, s in zip(index, self.region.strides(node), strict=True)), sympy.Integer(0))
-        address, mask, uses = evaluator.address(sympy.expand(offset))
+        at = own if sizes == result_sizes else unflatten(flatten(own, result_sizes), sizes, evaluator.ranges)
+        value = evaluator.value(base, at)
+        index = shown_index(node, at, self.region.sizes, evaluator.ranges)
+        address, mask, uses = evaluator.address(self.region.address(output, index))
         for missing in [a for a in (self.m, self.n) if a.name not in uses]:
             address += f" + 0 * {missing.position}"
             mask = " & ".join(x for x in (mask, missing.mask) if x)

@@ -184,7 +184,8 @@ class Writer:
         # A write of new rows into a cache has no better form than a copy.
         if target not in ALIASING_VIEWS and target.namespace != USERS_KERNELS and target is not kv_write:
             self.fallbacks.append(Fallback(harmless(node.name), str(target), reason or "not part of a fused region"))
-        self.updated = self.updated or target._schema.is_mutable
+        # Rows written into room once may be written there again: nothing but the write fills them.
+        self.updated = self.updated or (target._schema.is_mutable and target is not kv_write)
         arguments = [self._text(a, names) for a in node.args]
         arguments += [f"{_keyword(k)}={self._text(v, names)}" for k, v in node.kwargs.items()]
         names[node] = self._buffers.new("buf")
@@ -237,13 +238,15 @@ class Writer:
         self, node: Node, module: GraphModule, kernel: Kernel, symbols: dict[sympy.Symbol, sympy.Symbol]
     ) -> None:
         region = Region(module)
-        tensors = [self._text(a) for a, p in zip(node.args, region.placeholders, strict=True)
-                   if isinstance(p.meta["val"], torch.Tensor)]
-        device = next((f"{t}.device" for t in tensors), None)
-        outputs = [self._buffers.allocate(o.meta["val"], device) for o in region.outputs]
+        given = {p: self._text(a) for a, p in zip(node.args, region.placeholders, strict=True)}
+        device = next((f"{given[p]}.device" for p in region.inputs), None)
+        outputs = [given[p.room] if p.room else self._buffers.allocate(o.meta["val"], device)
+                   for o, p in zip(region.outputs, region.places, strict=True)]
         sizes = {s.name: text_of(expression.xreplace(symbols)) for s, expression in kernel.sizes}
-        wide = self._index_type([*region.inputs, *region.outputs], region)
-        places = {f"in{i}": t for i, t in enumerate(tensors)} | {f"out{i}": o for i, o in enumerate(outputs)}
+        stored = [p.room or o for o, p in zip(region.outputs, region.places, strict=True)]
+        wide = self._index_type([*region.inputs, *stored], region)
+        places = {f"in{i}": given[p] for i, p in enumerate(region.inputs)}
+        places |= {f"out{i}": o for i, o in enumerate(outputs)}
         slots: list[tuple[str, Slot]] = []
         for each in kernel.scratch:
             slots.append(self._buffers.scratch(each, _with_sizes(each.elements, kernel, sizes), device))

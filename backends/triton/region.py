@@ -7,6 +7,7 @@ symbols (`s0 + 1`) is a parameter too: index arithmetic then only ever sees prod
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import sympy
@@ -14,7 +15,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphopt import cost, estimate
+from graphopt.index_inverse import rejoin
 from graphopt.index_map import Index, product, size_expression
+from graphopt.ops import kv_write
 
 
 class Unsupported(Exception):
@@ -29,11 +32,25 @@ def is_product(expression: sympy.Expr) -> bool:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a kernel stores an output: element i of it lies `offset` + i . strides elements behind the first of some
+    memory.
+
+    room: the placeholder that this memory is of; None where it is allocated for the output.
+    """
+
+    strides: Index
+    offset: sympy.Expr = sympy.Integer(0)
+    room: Node | None = None
+
+
 class Region:
     """A region's graph with sizes in kernel parameters.
 
-    inputs: its tensor placeholders in order; outputs: the nodes it returns; parameters: for every kernel parameter
-    (`n0` ...) the expression, in the symbols of the whole graph, that the caller passes.
+    inputs: the tensor placeholders that it reads, in order; outputs: the nodes that it stores, for `kv_write` the new
+    rows; places: where each of them goes; parameters: for every kernel parameter (`n0` ...) the expression, in the
+    symbols of the whole graph, that the caller passes.
     """
 
     def __init__(self, graph_module: GraphModule) -> None:
@@ -42,15 +59,17 @@ class Region:
         self._atoms: dict[sympy.Expr, sympy.Symbol] = {}
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         self.placeholders: list[Node] = placeholders
-        self.inputs: list[Node] = [n for n in placeholders if isinstance(n.meta["val"], torch.Tensor)]
+        self.inputs: list[Node] = [n for n in placeholders if isinstance(n.meta["val"], torch.Tensor) and _is_read(n)]
         returned = graph_module.graph.output_node().args[0]
         listed = returned if isinstance(returned, (tuple, list)) else (returned,)
-        self.outputs: list[Node] = [n for n in listed if isinstance(n, Node)]
-        if len(self.outputs) != len(listed):
+        results = [n for n in listed if isinstance(n, Node)]
+        if len(results) != len(listed):
             raise Unsupported("an output is not a node")
+        self.outputs: list[Node] = [_stored(n) for n in results]
         for node in (*self.inputs, *self.outputs):
             self.sizes(node)
             self.strides(node)
+        self.places: list[Place] = [self._place(n) for n in results]
 
     def size(self, value: Any) -> sympy.Expr:
         """An int, SymInt or size node as an expression of kernel parameters."""
@@ -78,6 +97,19 @@ class Region:
         """The strides of a node's value."""
         return tuple(self.size(s) for s in node.meta["val"].stride())
 
+    def _place(self, result: Node) -> Place:
+        if result.target is not kv_write:
+            return Place(self.strides(result))
+        room, _, dim, start, _ = result.args
+        assert isinstance(room, Node) and isinstance(dim, int)
+        strides = self.strides(room)
+        return Place(strides, self.size(start) * strides[dim], room)
+
+    def address(self, output: int, index: Index) -> sympy.Expr:
+        """How many elements behind the first of its memory the element of an output at an index is stored."""
+        place = self.places[output]
+        return rejoin(sum((i * s for i, s in zip(index, place.strides, strict=True)), place.offset))
+
     def numel(self, node: Node) -> sympy.Expr:
         """The number of elements of a node's value."""
         return product(self.sizes(node))
@@ -100,6 +132,18 @@ class Region:
         for size, stride in zip(value.shape, value.stride(), strict=True):
             total += (size_expression(size) - 1) * size_expression(stride)
         return total
+
+
+def _stored(result: Node) -> Node:
+    """What a kernel computes for a result: of a write into a cache, the new rows."""
+    stored = result.args[1] if result.target is kv_write else result
+    assert isinstance(stored, Node)
+    return stored
+
+
+def _is_read(placeholder: Node) -> bool:
+    """Is it more than room that is written into?"""
+    return any(user.target is not kv_write or placeholder in user.args[1:] for user in placeholder.users)
 
 
 def key(graph_module: GraphModule) -> tuple[str, list[sympy.Symbol]]:

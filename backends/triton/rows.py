@@ -230,8 +230,7 @@ class RowSection:
         node = self.region.outputs[output]
         index = self.output_index(node)
         value = self.evaluator.value(node, index)
-        offset = sum((i * s for i, s in zip(index, self.region.strides(node), strict=True)), sympy.Integer(0))
-        address, mask, uses = self.evaluator.address(sympy.expand(offset))
+        address, mask, uses = self.evaluator.address(self.region.address(output, index))
         dtype = node.meta["val"].dtype
         text = value.text if value.uses else f"tl.full([], {value.text}, {expressions.CARRIERS[dtype]})"
         if dtype in expressions.ROUNDED:

@@ -114,7 +114,10 @@ def provenance(region: Region) -> tuple[str, ...]:
     for label, group in (("in", region.inputs), ("out", region.outputs)):
         for place, node in enumerate(group):
             shape = ", ".join(str(s) for s in region.sizes(node))
-            comment.append(harmless(f"{label}{place}: {str(node.meta['val'].dtype).removeprefix('torch.')} [{shape}]"))
+            room = region.places[place].room if label == "out" else None
+            within = f" within [{', '.join(map(str, region.sizes(room)))}]" if room else ""
+            dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+            comment.append(harmless(f"{label}{place}: {dtype} [{shape}]{within}"))
     moved = cost.region_cost(region.graph_module).bytes
     comment.append(harmless(f"bytes of the region: {moved.xreplace({v: k for k, v in region.parameters.items()})}"))
     return tuple(comment)

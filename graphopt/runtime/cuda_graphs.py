@@ -128,7 +128,11 @@ def _owner(node: fx.Node) -> fx.Node:
 
 def _updated(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[int, ...]:
     """The positions of the inputs whose memory the graph may write to."""
-    writers = [n for n in graph.nodes if n.target is ops.kv_write or (n.op == "call_function" and views.may_write(n))]
+    writers = [
+        n
+        for n in graph.nodes
+        if n.op == "call_module" or n.target is ops.kv_write or (n.op == "call_function" and views.may_write(n))
+    ]
     written = {_owner(read) for node in writers for read in _written(node)}
     return tuple(i for i, node in enumerate(placeholders) if node in written)
 
@@ -138,6 +142,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if node.target is ops.kv_write:
         return node.all_input_nodes[:1]
+    if node.op == "call_module":
+        return [room for room in views.rooms_of(node) if room is not None]
     if schema is None:
         return node.all_input_nodes
     given = [

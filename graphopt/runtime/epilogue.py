@@ -8,13 +8,14 @@ the prologue made, of the graph's inputs, and of what the graph returns.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt import ops
+from graphopt import ops, views
 
 _after_call: dict[str, Callable[..., Any]] = {}
 
@@ -123,5 +124,13 @@ def _written_into(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) ->
         for node in graph_module.graph.nodes
         if node.target is torch.ops.aten.copy_.default and node.args[0] in known and isinstance(node.args[1], fx.Node)
     }
-    written = [node for node in graph_module.graph.nodes if node.target is ops.kv_write and node.args[0] in known]
-    return copied | {node: node.args[0] for node in written}
+    written = {node: _written_room(node) for node in graph_module.graph.nodes}
+    return copied | {node: room for node, room in written.items() if room in known}
+
+
+def _written_room(node: fx.Node) -> Any:
+    """The memory that a node is because rows were written there, by itself or in a region."""
+    if node.target is ops.kv_write:
+        return node.args[0]
+    made = node.args[0] if node.target is operator.getitem else None
+    return views.written_into(node) if isinstance(made, fx.Node) and made.op == "call_module" else None

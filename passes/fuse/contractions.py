@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-import graphopt.ops  # noqa: F401  (registers the dialect)
+from graphopt.index_inverse import ONE_TO_ONE
 from graphopt.index_map import IDENTITIES, RESHAPES, size_expression
+from graphopt.ops import kv_write
 from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers, source_of
 from graphopt.passes.fuse.joining import group_rows, numel
+from graphopt.passes.fuse.writes import is_write, rows_of_write
 from graphopt.row_ops import CONSTANTS, DTYPES, ELEMENTWISE, is_fusable
 
 aten = torch.ops.aten
@@ -49,6 +51,9 @@ def absorb_readers(groups: Groups, contraction: Node) -> None:
 
 def _extend(groups: Groups, group: Group, node: Node, size: Any, contraction: Node) -> None:
     """Take a reader in, and then its readers."""
+    if is_write(node):
+        _extend_by_write(groups, group, node)
+        return
     if node in groups.of or not is_fusable(node) or node.target not in ELEMENTWISE or numel(node) != size:
         return
     if len(group.nodes) >= LONGEST_EPILOGUE:
@@ -64,6 +69,15 @@ def _extend(groups: Groups, group: Group, node: Node, size: Any, contraction: No
     groups.join(group, [node])
     for reader in sorted(consumers(node), key=groups.order.__getitem__):
         _extend(groups, group, reader, size, contraction)
+
+
+def _extend_by_write(groups: Groups, group: Group, node: Node) -> None:
+    """Take in a write of what the product makes, however the rows show it, as long as they show all of it."""
+    made = source_of(rows_of_write(node))
+    shown = chain(node, made)
+    if node not in groups.of and made in group.nodes and all(view.target in ONE_TO_ONE for view in shown):
+        if groups.may_be_one(group.nodes, [node]):
+            groups.join(group, [node])
 
 
 def _has_kernel(node: Node) -> bool:
@@ -110,6 +124,6 @@ def _is_prologue(before: Group, group: Group, contraction: Node) -> bool:
     outputs = [n for n in before.nodes if any(r not in before.nodes for r in consumers(n))]
     private = all(r in group.nodes or r in before.nodes for n in before.nodes for r in consumers(n))
     same = group_rows(before) in (None, (rows, sizes[-1], ((), ())))
-    plain = all(n.target not in CONSTANTS for n in before.nodes)
+    plain = all(n.target not in CONSTANTS and n.target is not kv_write for n in before.nodes)
     views = all(v.target in RESHAPES | IDENTITIES for o in outputs for v in chain(contraction, o))
     return bool(rows.is_Integer and rows <= FEW_ROWS and private and same and plain and views and len(outputs) == 1)

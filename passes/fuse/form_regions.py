@@ -13,8 +13,9 @@ becomes
 1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region.
 2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
 3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
-4. Attention computes masks from positions (`score_functions.py`).
-5. Independent regions share one launch: elementwise ones between the same neighbours, and reductions over the same rows
+4. A write of new rows into a cache ends the region that makes the rows (`writes.py`).
+5. Attention computes masks from positions (`score_functions.py`).
+6. Independent regions share one launch: elementwise ones between the same neighbours, and reductions over the same rows
    of one tensor, which is then read once.
 
 Views and constants cost nothing inside of a kernel and are copied into every region that reads them. A widening cast at
@@ -36,6 +37,7 @@ from graphopt.passes.fuse.joining import group_rows, may_join
 from graphopt.passes.fuse.score_functions import generate_masks
 from graphopt.passes.fuse.sharing import share_launches
 from graphopt.passes.fuse.worth import Worth
+from graphopt.passes.fuse.writes import is_write, refuse_others
 from graphopt.pipeline import graph_pass
 from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_pick, is_view
 
@@ -52,6 +54,7 @@ def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = No
     edit.eliminate_dead_code(graph_module)
     erase_unread(graph_module.graph)
     expand_rows(graph_module)
+    refuse_others(graph_module.graph)
     masks = generate_masks(graph_module)
     groups = Groups(graph_module.graph, Worth(graph_module, cost_model) if cost_model is not None else None)
     for node in graph_module.graph.nodes:
@@ -69,6 +72,8 @@ def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = No
 
 
 def _joins_rows(node: Node) -> bool:
+    if is_write(node):
+        return True
     return is_fusable(node) and node.target not in CONSTANTS and (not is_view(node) or is_pick(node))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch.fx import Node
 
 from graphopt.index_map import IDENTITIES, RESHAPES, product, size_expression
+from graphopt.ops import kv_write
 from graphopt.passes.fuse.groups import Group, chain, consumers, producers, source_of
+from graphopt.passes.fuse.writes import rows_of_write
 from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, SCATTERS, STRUCTURES, is_pick
 
 aten = torch.ops.aten
@@ -23,17 +27,19 @@ dimensions, the shapes (without dimensions of 1) of the operand and of the rows,
 
 
 def numel(node: Node) -> sympy.Expr:
-    """The number of elements of a node's value, of the first of several."""
-    value = node.meta["val"]
-    value = value[0] if isinstance(value, (tuple, list)) else value
-    return sympy.expand(product([size_expression(s) for s in value.shape]))
+    """The number of elements that a node computes, of the first of several results."""
+    return sympy.expand(product([size_expression(s) for s in _computed(node).shape]))
 
 
 def shape(node: Node) -> Sizes:
-    """The dimensions larger than 1 of a node's value, of the first of several."""
-    value = node.meta["val"]
-    value = value[0] if isinstance(value, (tuple, list)) else value
-    return tuple(s for s in map(size_expression, value.shape) if s != 1)
+    """The dimensions larger than 1 of what a node computes, of the first of several results."""
+    return tuple(s for s in map(size_expression, _computed(node).shape) if s != 1)
+
+
+def _computed(node: Node) -> Any:
+    """The fake value of what a node computes: of a write into a cache the new rows, not the cache."""
+    value = (rows_of_write(node) if node.target is kv_write else node).meta["val"]
+    return value[0] if isinstance(value, (tuple, list)) else value
 
 
 def rows_of(node: Node) -> Rows:
@@ -86,7 +92,7 @@ def may_join(node: Node, group: Group) -> bool:
     reduced = [p for p in own if depends_on_reduction(p, group)]
     if not reduced:
         return True
-    return node.target in ELEMENTWISE and all(_keeps_rows(node, p) for p in reduced)
+    return (node.target in ELEMENTWISE or node.target is kv_write) and all(_keeps_rows(node, p) for p in reduced)
 
 
 def _has_shape(node: Node, rows: Rows) -> bool:

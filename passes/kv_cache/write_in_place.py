@@ -33,7 +33,7 @@ def write_in_place(graph_module: fx.GraphModule) -> int:
         if copy.target is not aten.copy_.default or copy.users:
             continue
         room, moved = copy.args[:2]
-        if not _is_room(room) or moved.target is not aten.slice_scatter.default or moved.args[0] is not room:
+        if not is_room(room) or moved.target is not aten.slice_scatter.default or moved.args[0] is not room:
             continue
         others = [user for user in room.users if user not in (moved, copy) and user.target is not ops.kv_window]
         if others:
@@ -48,7 +48,7 @@ def write_in_place(graph_module: fx.GraphModule) -> int:
     return count
 
 
-def _is_room(node: fx.Node) -> bool:
+def is_room(node: fx.Node) -> bool:
     """Whether the node is memory that was handed out for new rows."""
     if node.target is operator.getitem:
         source = node.args[0]

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx import GraphModule
 
+from graphopt import backend, pipeline
 from graphopt.backends.triton.check import TARGETS, Resources, resources
+from graphopt.options import Options
 from graphopt.passes.fuse.form_regions import form_regions
 from tests.backends.graphs import run
 from tests.backends.test_triton_matmul import fuse
@@ -16,6 +19,11 @@ from tests.backends.test_triton_models import DECODERS, bert, gpt2, logits, opti
 from tests.backends.test_triton_rows import rms_norm
 
 bf16 = torch.bfloat16
+
+
+def prepare(graph_module: GraphModule) -> None:
+    options = Options(target="triton")
+    pipeline.run(graph_module, backend.arranged(options, "triton"), options)
 
 
 def kernels(function: Any, *inputs: Any, prepare: Any = form_regions) -> list[Any]:
@@ -36,7 +44,24 @@ def past_with_alibi(rows: int, size: int) -> list[Any]:
     return kernels(function, *tensors, torch.rand(8), torch.ones(2, 400, dtype=torch.long))
 
 
+def rows_into_a_cache(rows: int) -> list[Any]:
+    """Of a step of a decoder layer with 4 query heads and 2 of keys and values, behind 300 tokens."""
+
+    def function(x: Any, past: Any, other: Any, cos: Any, sin: Any, *weights: Any) -> Any:
+        q, k, v = (F.linear(x, w).view(2, rows, -1, 64).transpose(1, 2) for w in weights)
+        q, k = (torch.ops.graphopt.rope(t, cos, sin) for t in (q, k))
+        keys, values = torch.cat([past, k], 2), torch.cat([other, v], 2)
+        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True), keys, values
+
+    sizes = [(2, rows, 256), (2, 2, 300, 64), (2, 2, 300, 64), (rows, 64), (rows, 64), (256, 256), (128, 256)]
+    given = [torch.randn(size).to(bf16) for size in (*sizes, (128, 256))]
+    made = kernels(function, *given, prepare=prepare)
+    assert sum(" within [" in line for kernel in made for line in kernel.comment) == 2
+    return made
+
+
 CASES = {
+    "rows written into a cache": lambda: [*rows_into_a_cache(1), *rows_into_a_cache(20)],
     "norm": lambda: kernels(rms_norm, torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)),
     "long softmax": lambda: kernels(lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1), torch.randn(2, 9000)),
     "linear": lambda: kernels(lambda x, w: F.gelu(F.linear(x, w)), torch.randn(256, 256).to(bf16),

@@ -5,12 +5,12 @@
 A layer is the graph of three layers less that of two. Nothing runs: both compilers only write their code.
 
 graphopt: launches of the generated program, and calls beside them that move data; bytes by its cost model. Memory
-between the programs of one region is not counted, and a row written into a cache counts as the copy of all of it that
-eager makes, though there is room for it in all steps but the first.
+between the programs of one region is not counted, nor the copy of a cache for which there is no more room.
 
-The least: what the captured graph must read and write (inputs, weights, results). With many tokens there is more that
-no kernel avoids: a product needs whole rows of the product before it, for more rows at a time than fit on chip, so that
-what products and attentions hand on (`handed`) is written once and read once. Norms and all else between count nothing.
+The least: what the captured graph must read and write (inputs, weights, results; of a cache that grows the new rows).
+With many tokens there is more that no kernel avoids: a product needs whole rows of the product before it, for more rows
+at a time than fit on chip, so that what products and attentions hand on (`handed`) is written once and read once. Norms
+and all else between count nothing.
 
 Inductor: it schedules Triton code only for CUDA tensors, so it is given fake ones, and told of an H100 (`pretended`).
 Counted are the Triton kernels and the library calls (products, attention) of the `call` that it writes; bytes are the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 from unittest import mock
 
@@ -64,6 +65,20 @@ def test_rows_written_to_a_cache_count_as_an_update() -> None:
     rows, cache = build.input(), build.input()
     found = build.plan(build.call(graphopt.ops.kv_write, cache, rows, 0, 0, 4))
     assert "is updated in place and may lie elsewhere" in found
+
+
+def test_rows_that_a_region_writes_to_a_cache_count_as_an_update() -> None:
+    build, region = Build(), Build()
+    given = [region.input(), region.input()]
+    region.graph.output((region.call(graphopt.ops.kv_write, *given, 0, 0, 4),))
+    rows, cache = build.input("weight"), build.input()
+    root = torch.nn.Module()
+    root.add_module("region", GraphModule(torch.nn.Module(), region.graph))
+    call = build.graph.call_module("region", (cache, rows))
+    written = build.graph.call_function(operator.getitem, (call, 0))
+    written.meta["val"] = cache.meta["val"]
+    build.graph.output((written,))
+    assert "is updated in place and may lie elsewhere" in plan(GraphModule(root, build.graph), training=False)
 
 
 REFUSED: dict[str, Any] = {
