@@ -133,6 +133,58 @@ def test_row_that_sees_no_key(fused: bool) -> None:
     assert attention_of(found).kwargs.get("nan_rows", False) is not fused
 
 
+def folded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, beta: float = 1.0) -> Tensor:
+    """Attention as BLOOM spells it: heads folded into the batch, a bias where the product is added to."""
+    (batch, heads, rows, width), length = q.shape, k.shape[2]
+    keys = k.reshape(batch * heads, length, width).transpose(-1, -2)
+    scores = bias.baddbmm(q.reshape(batch * heads, rows, width), keys, beta=beta, alpha=0.25)
+    scores = scores.view(batch, heads, rows, length)
+    weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    seen = torch.bmm(weights.view(batch * heads, rows, length), v.reshape(batch * heads, length, width))
+    return seen.view(batch, heads, rows, width).permute(0, 2, 1, 3).reshape(batch, rows, heads * width)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["alone", "masked"])
+@pytest.mark.parametrize("bias", [(8, 1, 5), (8, 3, 5), (1, 1, 5), (3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_the_product_is_added_to(bias: tuple[int, ...], masked: bool, dtype: torch.dtype) -> None:
+    given = [value.to(dtype) for value in (*inputs(), torch.randn(bias))]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return folded(q, k, v, bias, finite_mask(q, k) if masked else None)
+
+    found = attention_of(check_pass(PASSES, attention, given, second=[]))
+    assert found.kwargs["scale"] == 0.25 and found.kwargs["nan_rows"]
+    heads = 1 if bias == (1, 1, 5) or len(bias) == 2 else 4
+    sizes = tuple(found.args[3].meta["val"].shape)
+    rows = 3 if masked else bias[-2]
+    assert torch.Size((1, *sizes)[-3:]) == torch.Size((heads, rows, 5))
+
+
+def test_a_bias_that_counts_half_is_refused() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return folded(q, k, v, bias, beta=0.5)
+
+    assert_not_applied(PASSES, attention, [*inputs(), torch.randn(8, 1, 5)], reason="its bias counts 0.5 times")
+
+
+def test_bias_and_mask_of_float16_are_refused() -> None:
+    given = [value.half() for value in (*inputs(), torch.randn(8, 1, 5), torch.zeros(2, 1, 3, 5))]
+    assert_not_applied(PASSES, folded, given, reason="only where their sum cannot overflow")
+
+
+def test_scores_that_are_filled_are_refused() -> None:
+    """As MPT spells it: a key that is NaN is hidden from those who must not see it; added to a mask it would not be."""
+
+    def filled(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+        scores = torch.matmul(q, k.transpose(-1, -2)) * 0.25 + bias
+        scores = scores.masked_fill(hidden, torch.finfo(q.dtype).min)
+        return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+
+    given = [*inputs(), torch.randn(4, 1, 5), torch.rand(2, 1, 3, 5) > 0.5]
+    assert_not_applied(PASSES, filled, given, reason="found aten.where.self")
+
+
 def weights_too(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(q @ k.mT * 0.25, -1)
     return weights @ v, weights
