@@ -104,6 +104,20 @@ def test_what_reads_the_cache_waits_for_another_launch() -> None:
     torch.testing.assert_close(module(past, new)[0].view(B, H, S + 1, D), 3 * torch.cat([past, 2 * new], 2))
 
 
+def test_what_reads_a_cache_that_was_just_started_waits_too() -> None:
+    """The room is as large as the rows: nothing but the write keeps its reader out of the launch."""
+    build = Build()
+    room = build.graph.call_function(
+        ops.kv_allocate, ([B, H, 1, D], 2), {"dtype": torch.float32, "device": torch.device("cpu")}
+    )
+    room.meta["val"] = build.new.meta["val"]
+    written = build.call(ops.kv_write, room, build.call(aten.mul.Tensor, build.new, 2.0), 2, 0, 1)
+    module, regions = build.formed(build.call(aten.mul.Tensor, written, 3.0), written)
+    assert regions == [["mul", "kv_write"], ["mul"]]
+    new = torch.randn(B, H, 1, D)
+    torch.testing.assert_close(tuple(module(torch.empty(B, H, S, D), new)), (6 * new, 2 * new))
+
+
 def test_a_write_that_nothing_reads_is_no_dead_code() -> None:
     build = Build()
     build.write(build.call(aten.mul.Tensor, build.new, 2.0))
