@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from graphopt import cost, edit, estimate, views
 from graphopt.passes.fuse.attention_regions import ATTENTIONS, has_kernel, mask_of
 from graphopt.passes.fuse.mask_places import KEY, QUERY, places
+from graphopt.passes.fuse.written_positions import write_positions
 from graphopt.row_ops import CONSTANTS, ELEMENTWISE, STRUCTURES, is_fusable, is_view
 
 MOST_STEPS = 24
@@ -33,6 +34,7 @@ def generate_masks(graph_module: GraphModule) -> dict[Node, list[Node]]:
     for node in graph_module.graph.nodes:
         if node.target in ATTENTIONS and has_kernel(node) and (mask := mask_of(node)) is not None:
             readers.setdefault(mask, []).append(node)
+    write_positions(graph_module, readers)
     family = {node for mask in readers for node in places(mask)}.union(*readers.values())
     made: dict[Node, list[Node]] = {}
     for mask, attentions in readers.items():
