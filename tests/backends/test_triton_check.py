@@ -60,7 +60,22 @@ def rows_into_a_cache(rows: int) -> list[Any]:
     return made
 
 
+def in_a_window(rows: int) -> list[Any]:
+    """Of attention over padded keys, walked as far as its mask lets queries see."""
+
+    def function(q: Any, k: Any, v: Any, padding: Any) -> Any:
+        places, keys = torch.arange(rows)[:, None] + 400 - rows, torch.arange(400)
+        mask = (keys <= places) & (keys > places - 100) & padding[:, None, None]
+        return torch.ops.graphopt.attention(q, k, v, mask, scale=0.3)
+
+    tensors = (torch.randn(2, heads, n, 128).to(bf16) for heads, n in ((8, rows), (2, 400), (2, 400)))
+    made = kernels(function, *tensors, torch.ones(2, 400, dtype=torch.bool))
+    assert all("first_0" in kernel.body for kernel in made if kernel.kind == "attention")
+    return made
+
+
 CASES = {
+    "attention in a window of its mask": lambda: [*in_a_window(1), *in_a_window(160)],
     "rows written into a cache": lambda: [*rows_into_a_cache(1), *rows_into_a_cache(20)],
     "norm": lambda: kernels(rms_norm, torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)),
     "long softmax": lambda: kernels(lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1), torch.randn(2, 9000)),
