@@ -122,6 +122,23 @@ def test_a_block_equals_its_operators(isa: str, threads: int, scheme: str, dtype
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("count", (2, 3))
+def test_threads_wait_for_each_other_behind_linears(isa: str, count: int) -> None:
+    """Rows that follow need all of a linear's: pieces that a late thread still works on, too."""
+    before, size = torch.get_num_threads(), 512
+    x, weights = torch.randn(1, size), [torch.randn(size, size) / size**0.5 for _ in range(8)]
+    steps = [f"linear plain v{2 * i} w{i} -; silu v{2 * i + 1}" for i in range(len(weights))]
+    text = "; ".join([*steps, f"out v{2 * len(weights)}"])
+    try:
+        torch.set_num_threads(1)
+        (alone,) = kernels.chain([x], weights, text)
+        torch.set_num_threads(count)
+        for _ in range(600):
+            assert torch.equal(kernels.chain([x], weights, text)[0], alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 RANDOM = (
     "linear plain v{a} w0 w1",
     "add v{a} v{b}",
