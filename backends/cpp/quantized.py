@@ -2,6 +2,8 @@
 
 A few rows of x: codes are made numbers in registers and multiplied at the precision of x, as pairs of bfloat16 where
 the machine has them (codes are exact in bfloat16), in float32 elsewhere, as integers for the schemes that round x too.
+Codes of int8 meet rows of bfloat16 as integers as well, and so do those of int4 and mxfp4 where there is no AVX-512: x
+becomes fixed-point numbers that keep what bfloat16 had of it (src/quantized_fixed.h).
 From 5 rows of bfloat16 the weight is made bfloat16 in a buffer that stays in the cache; from 17 rows of any dtype torch
 multiplies such buffers, as it would a plain weight.
 A row of x with an infinity gives values that are not finite, but not always those of the meaning.
