@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ Word = fx.Node | float | None
 class Step:
     """A node as a step: its name (of a linear: "linear SCHEME"), rows, and what follows them in the text.
 
-    results: of how many values. For a linear `weights` has the tensors of each weight and its bias.
+    For a linear `weights` has the tensors of each weight and its bias.
     """
 
     name: str
@@ -66,7 +66,8 @@ def form(graph_module: fx.GraphModule) -> list[Choice]:
 
 
 class _Chain:
-    """Steps on rows of one leading shape and dtype. steps: each with its node; numbers: of the values, by node."""
+    """Steps on rows of one leading shape and dtype, each with its node. picks: of results of those that have several,
+    wherever they stand."""
 
     def __init__(self) -> None:
         self.steps: dict[fx.Node, Step] = {}
@@ -74,13 +75,13 @@ class _Chain:
 
     def takes(self, node: fx.Node) -> bool:
         """Add a node, if it is a step that belongs here."""
-        if node.target is operator.getitem and node.args[0] in self.steps:
-            self.picks[node] = None
+        if node in self.picks:
             return True
         step = step_of(node)
         if step is None or not self._belongs(node, step):
             return False
         self.steps[node] = step
+        self.picks |= dict.fromkeys(user for user in node.users if user.target is operator.getitem)
         return True
 
     def _belongs(self, node: fx.Node, step: Step) -> bool:
@@ -186,7 +187,8 @@ def _linear(node: fx.Node) -> Step | None:
     given = arguments(node)
     weights = given["weights"] if "weights" in given else [given["weight"]]
     biases = given["biases"] if "biases" in given else [given["bias"]]
-    if not all(_has_rows_apart(weight.meta["val"]) for weight in weights) or not _are_dense(biases):
+    dense = all(bias is None or bias.meta["val"].is_contiguous() for bias in biases)
+    if not dense or not all(_has_rows_apart(weight.meta["val"]) for weight in weights):
         return None
     return Step("linear plain", given["x"], weights=tuple(((w,), b) for w, b in zip(weights, biases, strict=True)))
 
@@ -196,15 +198,9 @@ def _has_rows_apart(weight: Tensor) -> bool:
     return weight.is_contiguous() or bool(weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1])
 
 
-def _are_dense(biases: Sequence[fx.Node | None]) -> bool:
-    return all(bias is None or bias.meta["val"].is_contiguous() for bias in biases)
-
-
-def _quantized_linear(node: fx.Node) -> Step | None:
+def _quantized_linear(node: fx.Node) -> Step:
     given = arguments(node)
     packed, biases = given["packed"], given["biases"] if "biases" in given else [given["bias"]]
-    if not _are_dense(biases):
-        return None
     count = len(packed) // len(biases)
     weights = [(tuple(packed[i * count : (i + 1) * count]), bias) for i, bias in enumerate(biases)]
     return Step(f"linear {given['scheme']}", given["x"], weights=tuple(weights))

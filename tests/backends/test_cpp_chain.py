@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ kernels = torch.ops.graphopt_cpp
 aten = torch.ops.aten
 
 
-def near(got: Tensor, want: Tensor) -> None:
+def check(got: Tensor, want: Tensor) -> None:
     """Within a few units in the last place of the dtype, at the size of the largest element of the row, or of 1."""
     assert got.dtype == want.dtype and got.shape == want.shape and got.is_contiguous()
     allowed = 4 * torch.finfo(want.dtype).eps * want.double().abs().amax(-1, keepdim=True).clamp(min=1)
@@ -66,7 +67,7 @@ def test_every_step_of_rows(isa: str, threads: int, step: str, dtype: torch.dtyp
         for n in (1, 7, 16, 33, 100, 576):
             x, y, row = (torch.randn(size).mul(3).to(dtype) for size in ((m, n), (m, n), (n,)))
             got = kernels.chain([x, y], [row, row], f"{step}; out v2")
-            near(got[0], STEPS[step](x, y, row))
+            check(got[0], STEPS[step](x, y, row))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -278,6 +279,23 @@ def test_a_reader_in_the_middle_ends_a_chain() -> None:
 
     _, steps = formed(function, torch.randn(2, 8), A, B)
     assert steps == ["linear plain v0 w0 -; silu v1; out v2", "linear plain v0 w0 -; relu v1; out v2"]
+
+
+def test_a_result_that_is_picked_behind_the_end_of_a_chain() -> None:
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Any:
+        both = ops.parallel_linear(F.silu(ops.linear(x, a)), [b, b], [None, None])
+        first = both[0].sort(-1).values
+        return first, both[1].sort(-1).values
+
+    inputs = torch.randn(2, 8), A, B
+    graph_module = make_fx(function, tracing_mode="fake")(*inputs)
+    late = [node for node in graph_module.graph.nodes if node.target is operator.getitem and node.args[1] == 1][0]
+    next(node for node in graph_module.graph.nodes if node.target is aten.sort.default).append(late)
+    choose(graph_module, lowerings())
+    assert len(chain.form(graph_module)) == 1
+    graph_module.graph.lint()
+    graph_module.recompile()
+    torch.testing.assert_close(graph_module(*inputs), function(*inputs))
 
 
 def test_a_write_ends_a_chain() -> None:

@@ -15,7 +15,6 @@
 #include <unordered_map>
 
 #include "decode.h"
-#include "direct.h"
 #include "linear_op.h"
 #include "quantized_op.h"
 
@@ -55,7 +54,7 @@ Operand operand_of(std::string_view word) {
   operand.kind = word[0] == 'v' ? Operand::value : word[0] == 'w' ? Operand::weight : Operand::number;
   const char *begin = word.data() + (operand.kind != Operand::number), *end = word.data() + word.size();
   const auto read = operand.kind == Operand::number ? std::from_chars(begin, end, operand.amount) : std::from_chars(begin, end, operand.index);
-  TORCH_CHECK(read.ec == std::errc() && read.ptr == end, "chain: no operand '", word, "'");
+  TORCH_CHECK(read.ec == std::errc() && read.ptr == end && operand.index >= 0, "chain: no operand '", word, "'");
   return operand;
 }
 
@@ -112,26 +111,23 @@ class Chain {
       rows_.push_back(rows_of(input, m_).contiguous());
       values_.push_back({rows_.back().size(1), rows_.back().mutable_data_ptr()});
     }
+    for (const Step& step : steps_.all) step.op ? add_rows(step) : add_linear(step);
     lay_out();
-    bind();
   }
 
   std::vector<Tensor> run() {
-    int64_t threads = 1;
-    for (const auto tasks : plain_groups()) threads = std::max(threads, Decode<LinearTask>::threads(dtype_, tasks));
-    for (const auto tasks : quantized_groups()) threads = std::max(threads, Decode<QuantizedTask>::threads(dtype_, tasks));
-    size_t pack_bytes = 0;
-    for (const auto tasks : plain_groups()) pack_bytes = std::max(pack_bytes, plain_.emplace_back(dtype_, m_, tasks, threads).scratch_bytes());
-    for (const auto tasks : quantized_groups()) pack_bytes = std::max(pack_bytes, quantized_.emplace_back(dtype_, m_, tasks, threads).scratch_bytes());
-    const size_t own_bytes = aligned(own_) + aligned(pack_bytes);
-    char* memory = static_cast<char*>(scratch(Scratch::per_call, aligned(shared_) + threads * own_bytes));
+    const int64_t threads = std::max(plain_.threads(dtype_), quantized_.threads(dtype_));
+    const size_t pack_bytes = std::max(plain_.prepare(dtype_, m_, threads), quantized_.prepare(dtype_, m_, threads));
+    const size_t own_bytes = own_ + aligned(pack_bytes);
+    char* memory = static_cast<char*>(scratch(Scratch::per_call, shared_ + threads * own_bytes));
     for (Value& value : values_)
       if (!value.shared && !value.row_step) value.shared = memory + value.place;
     set_outs();
 #pragma omp parallel num_threads(threads)
     {
       const int64_t thread = omp_get_thread_num();
-      run_thread(thread, memory + aligned(shared_) + thread * own_bytes, memory + aligned(shared_) + thread * own_bytes + aligned(own_));
+      char* own = memory + shared_ + thread * own_bytes;
+      run_thread(thread, own, own + own_);
     }
     return std::move(outs_);
   }
@@ -145,9 +141,28 @@ class Chain {
     bool row_step = false;
     size_t place = 0;
   };
-  struct Group {
-    bool quantized;
-    size_t begin, end;
+  // The linears of one kind, in their order: `ends[i]` is where the tasks of the one behind number i begin.
+  template <class Task>
+  struct Linears {
+    c10::SmallVector<Task, 8> tasks;
+    c10::SmallVector<size_t, 8> ends;
+    std::deque<Decode<Task>> decodes;
+
+    at::ArrayRef<Task> of(size_t i) const {
+      const size_t begin = i ? ends[i - 1] : 0;
+      return at::ArrayRef<Task>(tasks).slice(begin, ends[i] - begin);
+    }
+    int64_t threads(Dtype dtype) const {
+      int64_t most = 1;
+      for (size_t i = 0; i < ends.size(); ++i) most = std::max(most, Decode<Task>::threads(dtype, of(i)));
+      return most;
+    }
+    // Returns the bytes that packed rows of x take.
+    size_t prepare(Dtype dtype, int64_t m, int64_t threads) {
+      size_t bytes = 0;
+      for (size_t i = 0; i < ends.size(); ++i) bytes = std::max(bytes, decodes.emplace_back(dtype, m, of(i), threads).scratch_bytes());
+      return bytes;
+    }
   };
 
   static size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -164,16 +179,39 @@ class Chain {
     return operand.kind == Operand::none ? MaybeTensor() : MaybeTensor(weight(operand));
   }
 
-  // Sizes and places of all values.
-  void lay_out() {
-    for (const Step& step : steps_.all) {
-      if (step.op) {
-        values_.push_back({value(step.operands[0]).n, nullptr, true});
-        continue;
-      }
-      TORCH_CHECK(step.operands.size() % 2 == 1, "chain: a linear has a weight and a bias for each result");
-      for (size_t i = 1; i < step.operands.size(); i += 2) values_.push_back({weight(step.operands[i]).size(0)});
+  void add_rows(const Step& step) {
+    const int64_t n = value(step.operands[0]).n;
+    for (const Operand& operand : step.operands) {
+      if (operand.kind == Operand::value) TORCH_CHECK(value(operand).n == n, "chain: rows of ", n, " and of ", value(operand).n, " elements");
+      if (operand.kind != Operand::weight) continue;
+      const Tensor& row = weight(operand);
+      TORCH_CHECK(row.dim() == 1 && row.size(0) == n && row.is_contiguous() && row.scalar_type() == like_.scalar_type(), "chain: ", row.sizes(), " of ",
+                  row.dtype(), " is no row of ", n, " elements of ", like_.dtype());
     }
+    values_.push_back({n, nullptr, true});
+  }
+
+  // The tasks of a linear, still without outputs.
+  void add_linear(const Step& step) {
+    TORCH_CHECK(step.operands.size() % 2 == 1, "chain: a linear has a weight and a bias for each result");
+    const int64_t k = value(step.operands[0]).n;
+    for (size_t i = 1; i < step.operands.size(); i += 2) {
+      const MaybeTensor bias = maybe_weight(step.operands[i + 1]);
+      const Tensor& first = weight(step.operands[i], step.tensors() - 1);
+      if (step.scheme) {
+        quantized_.tasks.push_back(task_of(*step.scheme, weights_.slice(step.operands[i].index, step.tensors()), k, like_.scalar_type(), bias));
+      } else {
+        TORCH_CHECK(first.size(-1) == k && kernel_takes(like_.scalar_type(), first, bias), "chain: a weight ", first.sizes(), " of ", first.dtype(),
+                    " is not for ", k, " columns of ", like_.dtype());
+        plain_.tasks.push_back(task_of(first, bias, nullptr));
+      }
+      values_.push_back({first.size(0)});
+    }
+    step.scheme ? quantized_.ends.push_back(quantized_.tasks.size()) : plain_.ends.push_back(plain_.tasks.size());
+  }
+
+  // The outputs, and the places of all other values.
+  void lay_out() {
     for (const int64_t output : steps_.outputs) {
       TORCH_CHECK(output >= int64_t(rows_.size()) && output < int64_t(values_.size()), "chain: v", output, " is no result");
       outs_.push_back(at::empty(out_sizes(like_, values_[output].n), like_.options().requires_grad(false)));
@@ -186,61 +224,16 @@ class Chain {
     }
   }
 
-  // The tasks of all linears, still without outputs.
-  void bind() {
-    for (const Step& step : steps_.all) {
-      if (step.op) {
-        check_row_step(step);
-        continue;
-      }
-      const int64_t k = value(step.operands[0]).n;
-      const size_t begin = step.scheme ? quantized_tasks_.size() : plain_tasks_.size();
-      for (size_t i = 1; i < step.operands.size(); i += 2) {
-        const MaybeTensor bias = maybe_weight(step.operands[i + 1]);
-        const Tensor& first = weight(step.operands[i], step.tensors() - 1);
-        if (step.scheme) {
-          quantized_tasks_.push_back(task_of(*step.scheme, weights_.slice(step.operands[i].index, step.tensors()), k, like_.scalar_type(), bias));
-          continue;
-        }
-        TORCH_CHECK(first.size(-1) == k && kernel_takes(like_.scalar_type(), first, bias), "chain: a weight ", first.sizes(), " of ", first.dtype(),
-                    " is not for ", k, " columns of ", like_.dtype());
-        plain_tasks_.push_back(task_of(first, bias, nullptr));
-      }
-      groups_.push_back({step.scheme.has_value(), begin, step.scheme ? quantized_tasks_.size() : plain_tasks_.size()});
-    }
-  }
-
-  void check_row_step(const Step& step) const {
-    const int64_t n = value(step.operands[0]).n;
-    for (const Operand& operand : step.operands) {
-      if (operand.kind == Operand::value) TORCH_CHECK(value(operand).n == n, "chain: rows of ", n, " and of ", value(operand).n, " elements");
-      if (operand.kind != Operand::weight) continue;
-      const Tensor& row = weight(operand);
-      TORCH_CHECK(row.dim() == 1 && row.size(0) == n && row.is_contiguous() && row.scalar_type() == like_.scalar_type(), "chain: ", row.sizes(), " of ",
-                  row.dtype(), " is no row of ", n, " elements of ", like_.dtype());
-    }
-  }
-
-  template <class Task>
-  c10::SmallVector<at::ArrayRef<Task>, 8> groups(at::ArrayRef<Task> tasks, bool quantized) const {
-    c10::SmallVector<at::ArrayRef<Task>, 8> found;
-    for (const Group& group : groups_)
-      if (group.quantized == quantized) found.push_back(tasks.slice(group.begin, group.end - group.begin));
-    return found;
-  }
-  c10::SmallVector<at::ArrayRef<LinearTask>, 8> plain_groups() const { return groups<LinearTask>(plain_tasks_, false); }
-  c10::SmallVector<at::ArrayRef<QuantizedTask>, 8> quantized_groups() const { return groups<QuantizedTask>(quantized_tasks_, true); }
-
   void set_outs() {
     size_t next = rows_.size(), plain = 0, quantized = 0;
     for (const Step& step : steps_.all)
       for (size_t i = 0; i < step.results(); ++i, ++next)
-        if (!step.op) (step.scheme ? quantized_tasks_[quantized++].out : plain_tasks_[plain++].out) = values_[next].shared;
+        if (!step.op) (step.scheme ? quantized_.tasks[quantized++].out : plain_.tasks[plain++].out) = values_[next].shared;
   }
 
   void run_thread(int64_t thread, char* own, void* pack_memory) {
     auto memory_of = [&](const Value& value) -> void* { return value.shared && (!value.row_step || thread == 0) ? value.shared : own + value.place; };
-    size_t next = rows_.size(), plain = 0, quantized = 0, linears = 0;
+    size_t next = rows_.size(), plain = 0, quantized = 0;
     for (const Step& step : steps_.all) {
       const Value& x = values_[step.operands[0].index];
       if (step.op) {
@@ -248,9 +241,9 @@ class Chain {
       } else {
         auto scratch_memory = [&] { return pack_memory; };
         if (step.scheme)
-          quantized_[quantized++].run(thread, memory_of(x), x.n, scratch_memory);
+          quantized_.decodes[quantized++].run(thread, memory_of(x), x.n, scratch_memory);
         else
-          plain_[plain++].run(thread, memory_of(x), x.n, scratch_memory);
+          plain_.decodes[plain++].run(thread, memory_of(x), x.n, scratch_memory);
         if (&step != &steps_.all.back()) {
 #pragma omp barrier
         }
@@ -293,11 +286,8 @@ class Chain {
   c10::SmallVector<Value, 24> values_;
   std::vector<Tensor> outs_;
   size_t shared_ = 0, own_ = 0;
-  c10::SmallVector<LinearTask, 8> plain_tasks_;
-  c10::SmallVector<QuantizedTask, 8> quantized_tasks_;
-  c10::SmallVector<Group, 8> groups_;
-  std::deque<Decode<LinearTask>> plain_;
-  std::deque<Decode<QuantizedTask>> quantized_;
+  Linears<LinearTask> plain_;
+  Linears<QuantizedTask> quantized_;
 };
 
 std::vector<Tensor> chain_cpu(at::TensorList values, at::TensorList weights, c10::string_view steps) {
