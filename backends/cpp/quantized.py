@@ -44,6 +44,8 @@ def unsupported_reason(x: Tensor, packed: Sequence[Tensor], biases: Sequence[Ten
         return reason
     if x.dim() < 1:
         return "x is a scalar"
+    if not all(bias is None or bias.is_contiguous() for bias in biases):
+        return "a bias is not contiguous"
     return _unfit(packed, scheme)
 
 

@@ -260,6 +260,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
     [
         ({"x": torch.ones(2, 64).double()}, "dtype float64 is none of float32, bfloat16, float16"),
         ({"biases": [torch.ones(3).half()]}, "operands of several dtypes: float32, float16"),
+        ({"biases": [torch.ones(6)[::2]]}, "a bias is not contiguous"),
         ({"x": torch.ones(())}, "x is a scalar"),
         ({"x": torch.ones(2, 64, device="meta")}, "not on the CPU"),
         ({"packed": [torch.ones(64, 3, dtype=torch.int8).t(), torch.ones(3)]}, "a packed tensor is not contiguous"),
