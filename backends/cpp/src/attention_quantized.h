@@ -49,7 +49,8 @@ INLINE void cache_row(const uint8_t* codes, const float* scale, const float* off
   using Code = CacheCode<kind>;
   const int64_t half = dim / 2;
   auto vector = [&](int64_t i) INLINE_LAMBDA {
-    const F number = Code::vector(codes, i, half) * (keys ? load(scale + i) : splat(scale[0]));
+    const F by = keys ? load(scale + i) : splat(scale[0]), number = Code::vector(codes, i, half) * by;
+    if constexpr (kind == CacheKind::fp8) return number + (by - by);  // its NaN has become a number: see E4m3
     return Code::has_offset ? number + (keys ? load(offset + i) : splat(offset[0])) : number;
   };
   int64_t i = 0;
@@ -57,7 +58,7 @@ INLINE void cache_row(const uint8_t* codes, const float* scale, const float* off
   if (!Code::has_offset || half % lanes == 0)
     for (; i + lanes <= dim; i += lanes) S::put_in_order(out + i, vector(i));
   for (; i < dim; ++i) {
-    const float number = Code::number(codes, i, half) * scale[keys ? i : 0];
+    const float by = scale[keys ? i : 0], nan_or_0 = kind == CacheKind::fp8 ? by - by : 0, number = Code::number(codes, i, half) * by + nan_or_0;
     out[i] = S::from_float(Code::has_offset ? number + offset[keys ? i : 0] : number);
   }
 }
