@@ -19,6 +19,12 @@ def compiled(model: Any, **options: Any) -> Any:
     return model
 
 
+def tiny(model: Any, config: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return model(config(vocab_size=scenarios.VOCABULARY, **sizes, **settings)).eval()
+
+
 FEW = (scenarios.greedy, scenarios.beams, scenarios.two_continuations, scenarios.assisted)
 
 
@@ -35,10 +41,7 @@ def test_lengths_that_are_found_equal_while_tracing() -> None:
     """Each layer's length has a symbol, which attention finds equal to others; inputs must tell the one that stays."""
 
     def model() -> Gemma2ForCausalLM:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = Gemma2Config(vocab_size=scenarios.VOCABULARY, num_hidden_layers=2, head_dim=8, **sizes)
-        return Gemma2ForCausalLM(config).eval()
+        return tiny(Gemma2ForCausalLM, Gemma2Config, num_hidden_layers=2, head_dim=8)
 
     expected = scenarios.greedy(model())
     assert torch.equal(scenarios.greedy(compiled(model(), strict=True)), expected)
@@ -71,10 +74,7 @@ def test_copied_bytes_are_bounded_by_the_cache_not_by_its_square() -> None:
 @pytest.mark.slow
 def test_sliding_windows_are_not_copied_for_each_token() -> None:
     def model() -> MistralForCausalLM:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = MistralConfig(vocab_size=scenarios.VOCABULARY, num_hidden_layers=1, sliding_window=12, **sizes)
-        return MistralForCausalLM(config).eval()
+        return tiny(MistralForCausalLM, MistralConfig, num_hidden_layers=1, sliding_window=12)
 
     expected, before = scenarios.greedy(model()), counters["kv_copies"]
     assert torch.equal(scenarios.greedy(compiled(model(), strict=True)), expected)
