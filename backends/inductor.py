@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphopt import _compat, ops, shapes, views
 from graphopt.backends.eager_arithmetic import write_as_eager
+from graphopt.backends.wide_products import widen
 from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
 from graphopt.lowering import Choice, Lowered, choose, expand
 from graphopt.options import Options
@@ -37,6 +38,7 @@ def compile_graph(
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
     expand(graph_module, {**undecomposed(), ops.rope: _rope_in_one_loop})
     write_as_eager(graph_module)
+    widen(graph_module)
     _hold_layouts(graph_module)
     graph_module.recompile()
     _compat.inductor_calls(*NEVER_DECOMPOSED)

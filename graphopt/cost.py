@@ -22,7 +22,7 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from graphopt import _compat
+from graphopt import _compat, grouped
 from graphopt.index_map import ALIASING_VIEWS, product, size_expression
 from graphopt.ops import kv_write
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
@@ -139,7 +139,11 @@ def read_bandwidth(size: int, seconds: float) -> float:
 
 
 def product_rate(dtype: torch.dtype, side: int, seconds: float) -> float:
-    """Operations a second of a square matrix product with `side` rows, tried for about `seconds`."""
+    """Operations a second of a square matrix product with `side` rows, tried for about `seconds`.
+
+    Of a dtype that torch multiplies slowly here they are those of float32, by way of which graphopt goes.
+    """
+    dtype = dtype if _compat.multiplies_fast(dtype) else torch.float32
     with _compat.real_execution():
         square = torch.ones(side, side, dtype=dtype)
         return 2 * side**3 / _shortest(lambda: square @ square, seconds)
@@ -185,12 +189,8 @@ def _numel(value: Any) -> sympy.Expr:
 
 _GATHERS = frozenset({aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor})
 
-# Rows of x [S, K], sorted by expert, times the experts [E, K, N], or what they are packed in; then ends [E].
-_GROUPED = (
-    "aten._grouped_mm.default",
-    "transformers.grouped_mm_fallback.default",
-    "graphopt.quantized_grouped_linear.default",
-)
+# Packed experts too: then x, what they are packed in, ends.
+_GROUPED = (*grouped.NAMES, "graphopt.quantized_grouped_linear.default")
 
 # Done outside of the graph, or handed out without being touched.
 _FREE = frozenset(

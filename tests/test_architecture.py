@@ -24,6 +24,7 @@ LAYERS = (
         "graphopt.index_map",
         "graphopt.index_inverse",
         "graphopt.row_ops",
+        "graphopt.grouped",
         "graphopt.cost",
         "graphopt.estimate",
         "graphopt.ops",

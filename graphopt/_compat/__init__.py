@@ -117,3 +117,6 @@ from graphopt._compat.inductor import (
 from graphopt._compat.inductor import (
     storable as storable,
 )
+from graphopt._compat.onednn import (
+    multiplies_fast as multiplies_fast,
+)

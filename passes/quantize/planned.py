@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import capture, ops, views
+from graphopt import capture, grouped, ops, views
 from graphopt.passes.quantize import packable
 from graphopt.quantization import plan
 from graphopt.quantization.names import weight_name
 from graphopt.quantize_options import Quantize
 
-GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 _PLANNED = "graphopt.planned"
 
 
@@ -43,26 +42,9 @@ def linears(graph_module: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph_module.graph.nodes if node.target is ops.linear]
 
 
-def grouped_products(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that multiply rows with the matrix of their group."""
-    return [node for node in graph_module.graph.nodes if str(node.target) in GROUPED]
-
-
-def operands(product: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
-    """Of a grouped product: x [S, K], the experts [E, K, N] and the row behind the last of each expert, or None."""
-    x, experts, *more = product.args
-    assert isinstance(x, fx.Node) and isinstance(experts, fx.Node)
-    return x, experts, more[0] if more else product.kwargs.get("offs")
-
-
 def why_not(product: fx.Node) -> str:
     """Why a grouped product has no quantised form, whatever its experts hold; "" if it has one."""
-    x, experts, ends = operands(product)
-    given = x.meta["val"]
-    more = [*product.args[3:], *(argument for name, argument in product.kwargs.items() if name != "offs")]
-    if given.dim() != 2 or experts.meta["val"].dim() != 3 or ends is None or any(other is not None for other in more):
-        return "it is no product of rows [S, K], sorted by expert, with experts [E, K, N]"
-    return plan.why_not_experts(given.device)
+    return grouped.why_other(product) or plan.why_not_experts(product.meta["val"].device)
 
 
 def lm_heads(graph_module: fx.GraphModule) -> set[fx.Node]:
@@ -86,8 +68,8 @@ def _weights(graph_module: fx.GraphModule) -> Iterator[plan.Weight]:
         tensor = capture.weight_tensor(views.root(used))
         if tensor is not None and not packable.why_not(used, None):
             yield plan.Weight(name_of(used), tensor, packable.is_turned(used), node in heads)
-    for node in grouped_products(graph_module):
-        experts = operands(node)[1]
+    for node in grouped.products(graph_module):
+        experts = grouped.operands(node)[1]
         tensor = capture.weight_tensor(views.root(experts))
         if tensor is not None and not why_not(node) and not packable.why_not(experts, None, transposed=True):
             yield plan.Weight(name_of(experts), tensor, views.root(experts) is experts)

@@ -15,7 +15,7 @@ import operator
 
 from torch import fx
 
-from graphopt import edit, views
+from graphopt import edit, grouped, views
 from graphopt.passes.quantize import packable, planned
 from graphopt.pipeline import graph_pass
 from graphopt.quantization import operations, plan
@@ -29,8 +29,8 @@ def quantize_experts(graph_module: fx.GraphModule, *, quantize: Quantize = INT8)
     """Replace grouped products with weights by `graphopt.quantized_grouped_linear` where the options ask for it."""
     count = 0
     assigned = planned.assigned(graph_module, quantize)
-    for node in planned.grouped_products(graph_module):
-        x, experts, ends = planned.operands(node)
+    for node in grouped.products(graph_module):
+        x, experts, ends = grouped.operands(node)
         weight, name = views.root(experts), planned.name_of(experts)
         scheme, reason = plan.choose(quantize, name, False, assigned)
         reason = reason or planned.why_not(node) or packable.why_not(experts, scheme, transposed=True)

@@ -50,6 +50,17 @@ def test_shared_out_among_threads(isa: str, threads: int, dtype: torch.dtype, m:
     check(kernels.linear(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", ((1, 1, 1), (17, 100, 33), (3, 70, 70000), (70000, 5, 3), (40, 531, 4000), (0, 4, 5), (4, 0, 5))
+)
+def test_by_way_of_float32(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    """What many rows take where torch multiplies two-byte numbers slowly: in parts, the last of which is short."""
+    x, weight, bias = operands(*sizes, dtype)
+    check(kernels.wide_linear(x, weight, bias), x, weight, bias)
+    check(kernels.wide_linear(x[:, ::2], weight[:, ::2], None), x[:, ::2], weight[:, ::2], None)
+
+
 @pytest.mark.parametrize("count", (3, 5))
 def test_pieces_taken_from_other_threads_change_nothing(isa: str, count: int) -> None:
     """More threads than processors: some come late, and others do their work."""

@@ -57,6 +57,7 @@ TORCH_LIBRARY(graphopt_cpp, m) {
 extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
   using namespace graphopt;
   static PyMethodDef functions[] = {
+      direct<grouped_linear_cpu>("grouped_linear"),
       direct<linear_cpu>("linear"),
       direct<parallel_linear>("parallel_linear"),
       direct<quantized_linear_cpu>("quantized_linear"),

@@ -4,12 +4,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/new_empty.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include "decode.h"
+#include "experts.h"
 #include "kernels.h"
 #include "operators.h"
+#include "wide_product.h"
 
 namespace graphopt {
 namespace {
@@ -89,6 +92,8 @@ bool run(const Tensor& x, at::TensorList weights, at::ArrayRef<MaybeTensor> bias
 
 Tensor by_torch(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const WithoutAutocast guard;
+  if (const int64_t k = x.size(-1); kernel_takes(x, weight, bias) && !multiplies_fast(x.scalar_type()))
+    return wide_linear(rows_of(x, x.numel() / k), weight, bias).view(out_sizes(x, weight.size(0)));
   return at::linear(x, weight, bias).contiguous();
 }
 
@@ -109,6 +114,12 @@ std::vector<Tensor> parallel_linear_cpu(const Tensor& x, at::TensorList weights,
   return parallel_linear(x, weights, biases.vec());
 }
 
+Tensor grouped_linear_cpu(const Tensor& x, const Tensor& experts, const Tensor& ends) {
+  TORCH_CHECK(experts.dim() == 3 && experts.size(0) == ends.numel(), "grouped_linear: experts must be [E, N, K] for ends [E], got ", experts.sizes(),
+              " and ", ends.sizes());
+  return by_expert(x, ends, experts.size(1), [&](int64_t expert, const Tensor& own_x) { return linear_cpu(own_x, experts.select(0, expert), std::nullopt); });
+}
+
 Tensor linear_meta(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   return at::linear(x, weight, bias).contiguous();
 }
@@ -120,17 +131,26 @@ std::vector<Tensor> parallel_linear_meta(const Tensor& x, at::TensorList weights
   return outs;
 }
 
+Tensor grouped_linear_meta(const Tensor& x, const Tensor& experts, const Tensor&) {
+  return x.new_empty_symint({x.sym_size(0), experts.sym_size(1)});
+}
+
 TORCH_LIBRARY_FRAGMENT(graphopt_cpp, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("wide_linear(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("grouped_linear(Tensor x, Tensor experts, Tensor ends) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("parallel_linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(graphopt_cpp, CPU, m) {
+  m.impl("wide_linear", wide_linear);
+  m.impl("grouped_linear", grouped_linear_cpu);
   m.impl("linear", linear_cpu);
   m.impl("parallel_linear", parallel_linear_cpu);
 }
 
 TORCH_LIBRARY_IMPL(graphopt_cpp, Meta, m) {
+  m.impl("grouped_linear", grouped_linear_meta);
   m.impl("linear", linear_meta);
   m.impl("parallel_linear", parallel_linear_meta);
 }

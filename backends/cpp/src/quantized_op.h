@@ -13,8 +13,10 @@
 #include <string_view>
 
 #include "decode.h"
+#include "experts.h"
 #include "kernels.h"
 #include "operators.h"
+#include "wide_product.h"
 
 namespace graphopt {
 namespace {
@@ -104,10 +106,11 @@ Element element_of(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 ? Element::bf16 : x.scalar_type() == at::kFloat ? Element::fp32 : Element::integer;
 }
 
-// x as torch multiplies it: rounded by dynamic schemes, with `factors` [m], else as it is. float16 products are slow and
-// sums of codes exceed float16: those are made in float32.
+// x as torch multiplies it: rounded by dynamic schemes, with `factors` [m], else as it is. Sums of codes exceed float16:
+// those are made in float32, and so are products that are slow here.
 Tensor operand_of(const Tensor& rows, const QuantizedTask& task, Tensor& factors) {
-  const auto numbers = rows.scalar_type() == at::kHalf ? at::kFloat : rows.scalar_type();
+  const bool wide = rows.scalar_type() == at::kHalf || !multiplies_fast(rows.scalar_type());
+  const auto numbers = wide ? at::kFloat : rows.scalar_type();
   if (!task.dynamic) return rows.to(numbers);
   const auto dtype = task.kind == Codes::int8 ? at::kChar : numbers;
   const Tensor x = at::empty({rows.size(0), task.k}, at::dtype(dtype));
@@ -199,25 +202,16 @@ std::vector<Tensor> parallel_quantized_linear_cpu(const Tensor& x, at::TensorLis
   return parallel_quantized_linear(x, packed, biases.vec(), scheme);
 }
 
-// Every expert's rows of x by themselves; experts without rows are not read.
 Tensor quantized_grouped_linear_cpu(const Tensor& x, at::TensorList packed, const Tensor& ends, c10::string_view scheme) {
-  TORCH_CHECK(x.dim() == 2 && ends.dim() == 1 && ends.numel() > 0 && !packed.empty() && packed[0].dim() == 2 && packed[0].size(0) % ends.numel() == 0,
-              "quantized_grouped_linear: x must be [S, K], ends [E] and packed [E * N, ...], got ", x.sizes(), " and ", ends.sizes());
-  const Tensor last = ends.to(at::kLong).contiguous();
-  const int64_t rows = packed[0].size(0) / last.numel();
-  const Tensor out = at::zeros({x.size(0), rows}, x.options().requires_grad(false));
-  int64_t begin = 0;
-  for (int64_t expert = 0; expert < last.numel(); ++expert) {
-    const int64_t end = last.const_data_ptr<int64_t>()[expert], count = end - begin;
-    TORCH_CHECK_INDEX(count >= 0 && end <= x.size(0), "quantized_grouped_linear: ends must rise and stay within ", x.size(0), " rows, got ", end,
-                      " behind ", begin);
-    if (count == 0) continue;
+  TORCH_CHECK(ends.dim() == 1 && ends.numel() > 0 && !packed.empty() && packed[0].dim() == 2 && packed[0].size(0) % ends.numel() == 0,
+              "quantized_grouped_linear: packed must be [E * N, ...] and ends [E], got ", packed.empty() ? at::IntArrayRef() : packed[0].sizes(), " and ",
+              ends.sizes());
+  const int64_t rows = packed[0].size(0) / ends.numel();
+  return by_expert(x, ends, rows, [&](int64_t expert, const Tensor& own_x) {
     std::vector<Tensor> own;
     for (const Tensor& part : packed) own.push_back(part.narrow(0, expert * rows, rows));
-    out.narrow(0, begin, count).copy_(quantized_linear_cpu(x.narrow(0, begin, count), own, std::nullopt, scheme));
-    begin = end;
-  }
-  return out;
+    return quantized_linear_cpu(own_x, own, std::nullopt, scheme);
+  });
 }
 
 template <class Index>
