@@ -60,10 +60,11 @@ void dequantize(const QuantizedTask& task, bool scaled, typename S::T* out, int6
       offsets = scales - scales;  // NaN under a scale that is not finite
     }
     for (int64_t first = 0; first < count; first += lanes) {
-      if (task.group) {
-        scales = scales_for_runs(task, n, first);
-        if (task.offsets) offsets = offsets_for_runs(task, n, first, scales);
-      }
+      if (task.group)
+        with_parameters(task, [&]<class P>() INLINE_LAMBDA {
+          scales = P::scales(task, n, first);
+          if (task.offsets) offsets = P::offsets(task, n, first, scales);
+        });
       float scale[lanes], offset[lanes];
       store(scale, scales), store(offset, offsets);
       for (int64_t j = first; j < smaller(first + lanes, count); ++j) {
@@ -115,7 +116,7 @@ void dense_range(Dtype out, const QuantizedTask& task, PackedRows rows, int64_t 
     const Ahead ahead = Ahead::of(dense.row_bytes, dense.row_bytes, 1);
     for (int64_t i = 0; i < count; i += 4)
       for (int64_t m = 0; m < rows.m; m += 4)
-        quantized_block<Dense, false, 4, 4>(dense, reader, packed, i, smaller(m, rows.m - 4), i, ahead);
+        quantized_block<Dense, false, 4, 4>(dense, reader, RowParameters(task), packed, i, smaller(m, rows.m - 4), i, ahead);
     store_totals_of(out, task, packed, rows.m, first, count);
   }
 }

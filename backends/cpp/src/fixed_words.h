@@ -1,7 +1,9 @@
-// Fixed-point rows by products of 16-bit numbers (AVX2), which are twice as many to an instruction as floats.
+// Fixed-point rows by products of 16-bit and 8-bit numbers (AVX2), of which an instruction makes two or four times as many
+// as of floats.
 //
-// Each 64 elements of x become X = round(x / max|x| * 2^15) under a factor of their own. The sums of eight products of X
-// and a code that meet in a lane are exact (8 * 128 * 2^15 = 2^25). Rounding loses at most 2^-16 of the largest of the 64.
+// Each 64 elements of x become X = round(x / max|x| * largest) of 16 bits under a factor of their own, which loses at most
+// 2^-16 of the largest of them. Codes of 8 bits meet X as words. Nibbles meet its two digits of 8 bits, X = 256 high + low,
+// and count from 0 there: what that adds is known of X and taken off. The sums that meet in a lane are exact.
 #pragma once
 
 #include "quantized.h"
@@ -22,36 +24,43 @@ struct ByteWords {
   }
 };
 
-// Two runs of nibbles, which count in the units of int4 or, so that they are whole numbers, in halves of those of mxfp4.
-struct NibbleWords {
+// By how much nibbles count too much: int4 is -8..7, mxfp4 in halves -12..12.
+INLINE int raised(Codes codes) { return codes == Codes::mxfp4 ? 12 : 8; }
+
+// Two runs of nibbles, one in each half of the vectors, as bytes from 0 on: the first 16 codes of a run and the others.
+struct NibbleBytes { __m256i first, second; };
+
+template <bool linear>
+struct NibblesFromZero {
   static constexpr int64_t step_bytes = 32;
   static constexpr bool in_runs = true;
-  __m256i table;
-  explicit NibbleWords(Codes codes) {
+  __m256i table{};
+  explicit NibblesFromZero(Codes codes) {
+    if constexpr (linear) return;
     alignas(16) int8_t values[16];
-    for (int i = 0; i < 16; ++i) values[i] = int8_t(values_of(codes)[i] / unit_of(codes));
+    for (int i = 0; i < 16; ++i) values[i] = int8_t(values_of(codes)[i] * 2 + raised(codes));
     table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(values)));
   }
-  static constexpr float unit_of(Codes codes) { return codes == Codes::mxfp4 ? 0.5f : 1.0f; }
-  INLINE Words operator()(const uint8_t* p) const {
+  INLINE NibbleBytes operator()(const uint8_t* p) const {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), four = _mm256_set1_epi8(15);
-    const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, four));
-    const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four));
-    return {{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(first)), _mm256_cvtepi8_epi16(_mm256_castsi256_si128(second)),
-             _mm256_cvtepi8_epi16(_mm256_extracti128_si256(first, 1)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(second, 1))}};
+    const __m256i first = _mm256_and_si256(bytes, four), second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four);
+    if constexpr (linear) return {first, second};
+    return {_mm256_shuffle_epi8(table, first), _mm256_shuffle_epi8(table, second)};
   }
 };
 
-constexpr float largest_word = 0x1p15f - 1;
+constexpr float largest_word = 127 * 256 + 127;  // whose digits are no larger than a signed byte
 
 struct FixedWords {
   using Vector = __m256i;
-  static constexpr int64_t vectors = 5;  // of x for a step of 64 codes: four of words, and the factor in every lane
+  // Of x for a step of 64 codes: four of words or digits, the factor in every lane, and what raised nibbles add.
+  static constexpr int64_t vectors = 6;
 
   static constexpr bool takes(Codes codes) { return codes == Codes::int8 || codes == Codes::int4 || codes == Codes::mxfp4; }
   template <class Call>
   static INLINE void with_reader(const QuantizedTask& task, const Call& f) {
-    task.kind == Codes::int8 ? by_group<ByteWords>(task, f) : f.template operator()<NibbleWords, run>();
+    if (task.kind == Codes::int8) return by_group<ByteWords>(task, f);
+    task.kind == Codes::int4 ? f.template operator()<NibblesFromZero<true>, run>() : f.template operator()<NibblesFromZero<false>, run>();
   }
 
   // Packs a row, its factor and, if asked, the sums of its runs. False if it is not one for fixed point: if rounding could
@@ -72,30 +81,55 @@ struct FixedWords {
       if (!(largest == 0 ? sum_of_sizes == 0 : largest > 0x1p-90f && sum_of_sizes < 0x1p120f)) return false;  // NaN too
       lost += 64 * largest * 0x1p-16f, all += sum_of_sizes - largest;
       const float factor = largest == 0 ? 0 : largest_word / largest;
+      __m256i words[4];
       for (int i = 0; i < 4; ++i) {
         const __m256i low = _mm256_cvtps_epi32(__m256(load(values + 16 * i) * factor)), high = _mm256_cvtps_epi32(__m256(load(values + 16 * i + 8) * factor));
-        _mm256_storeu_si256(x + i, _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+        words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
       }
       store(reinterpret_cast<float*>(x + 4), splat(largest / largest_word));
+      if (codes != Codes::int8)
+        place_digits(words, raised(codes), x);
+      else
+        for (int i = 0; i < 4; ++i) _mm256_storeu_si256(x + i, words[i]);
       for (int half = 0; sums && half < 2; ++half) {
         F part = {};
         for (int i = 0; i < run; i += lanes) part += load(values + half * run + i);
         *sums++ = sum(part);
       }
     }
-    unit = codes == Codes::int8 ? 1 : NibbleWords::unit_of(codes);
+    unit = codes == Codes::mxfp4 ? 0.5f : 1.0f;
     return lost <= all * 0x1p-9f || all == 0;
   }
 
-  static INLINE __m256i products(const Words& codes, const Vector* x, int i) {
-    return _mm256_add_epi32(_mm256_madd_epi16(codes.part[i], _mm256_loadu_si256(x + i)), _mm256_madd_epi16(codes.part[i + 1], _mm256_loadu_si256(x + i + 1)));
+  // Words of two runs as NibbleBytes meet them: high digits of both of its vectors, then low ones.
+  static INLINE void place_digits(const __m256i (&words)[4], int raised, Vector* x) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i a = words[i], b = words[i + 2], half = _mm256_set1_epi16(128);
+      const __m256i high_a = _mm256_srai_epi16(_mm256_add_epi16(a, half), 8), high_b = _mm256_srai_epi16(_mm256_add_epi16(b, half), 8);
+      const __m256i low_a = _mm256_sub_epi16(a, _mm256_slli_epi16(high_a, 8)), low_b = _mm256_sub_epi16(b, _mm256_slli_epi16(high_b, 8));
+      _mm256_storeu_si256(x + i, _mm256_permute4x64_epi64(_mm256_packs_epi16(high_a, high_b), 0xd8));
+      _mm256_storeu_si256(x + 2 + i, _mm256_permute4x64_epi64(_mm256_packs_epi16(low_a, low_b), 0xd8));
+    }
+    const __m256i all = _mm256_set1_epi8(int8_t(raised));
+    _mm256_storeu_si256(x + 5, sums({all, all}, x));
+  }
+
+  // Four products meet in a word: at most 4 * 24 * 128 of them; the sum of two words times 256 has room in 32 bits.
+  static INLINE __m256i sums(const NibbleBytes& codes, const Vector* x) {
+    auto products = [&](int i) INLINE_LAMBDA {
+      return _mm256_add_epi16(_mm256_maddubs_epi16(codes.first, _mm256_loadu_si256(x + i)), _mm256_maddubs_epi16(codes.second, _mm256_loadu_si256(x + i + 1)));
+    };
+    return _mm256_add_epi32(_mm256_madd_epi16(products(0), _mm256_set1_epi16(256)), _mm256_madd_epi16(products(2), _mm256_set1_epi16(1)));
   }
 
   // Adds step number s under its scales. group: of columns under one scale; 0 if one serves the row.
   template <int group>
   static INLINE F add(F sum, const Words& codes, const Vector* x, const float* scales, int64_t s) {
+    auto products = [&](int i) INLINE_LAMBDA {
+      return _mm256_add_epi32(_mm256_madd_epi16(codes.part[i], _mm256_loadu_si256(x + i)), _mm256_madd_epi16(codes.part[i + 1], _mm256_loadu_si256(x + i + 1)));
+    };
     const F factor = load(reinterpret_cast<const float*>(x + 4));
-    const __m256i low = products(codes, x, 0), high = products(codes, x, 2);
+    const __m256i low = products(0), high = products(2);
     if constexpr (group == 32)
       return sum + F(_mm256_cvtepi32_ps(low)) * (factor * scales[2 * s]) + F(_mm256_cvtepi32_ps(high)) * (factor * scales[2 * s + 1]);
     const F both = F(_mm256_cvtepi32_ps(_mm256_add_epi32(low, high)));
@@ -103,6 +137,14 @@ struct FixedWords {
       return sum + both * factor;
     else
       return sum + both * (factor * scales[s * 64 / group]);
+  }
+
+  template <int group>
+  static INLINE F add(F sum, const NibbleBytes& codes, const Vector* x, const float* scales, int64_t s) {
+    const __m256d pair = _mm256_broadcast_sd(reinterpret_cast<const double*>(scales + 2 * s));
+    const F of_runs = F(_mm256_permutevar_ps(_mm256_castpd_ps(pair), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
+    const __m256i exact = _mm256_sub_epi32(sums(codes, x), _mm256_loadu_si256(x + 5));
+    return sum + F(_mm256_cvtepi32_ps(exact)) * (load(reinterpret_cast<const float*>(x + 4)) * of_runs);
   }
 };
 

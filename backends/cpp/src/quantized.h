@@ -1,10 +1,10 @@
 // Small-batch linear on packed weights: codes are streamed once, made numbers in registers, and multiplied at the
-// precision of x. Scales of groups are brought to float once for each row and meet the sum of each group; offsets meet
-// the sums of x over the groups. Schemes that round x too: see quantized_dynamic.h.
+// precision of x. Scales of groups meet the sum of each group, offsets the sums of x over the groups: parameters.h.
+// Schemes that round x too: see quantized_dynamic.h.
 #pragma once
 
-#include "codes.h"
 #include "linear.h"
+#include "parameters.h"
 
 namespace {
 
@@ -34,101 +34,6 @@ struct PackedX {
   typename M::X* end(int64_t m) const { return x + m * ldx; }
 };
 
-// Halves [count > 0] as floats, zeros behind them; of `readable` more than those may be read.
-INLINE F halves(const uint16_t* p, int64_t count, [[maybe_unused]] int64_t readable = 0) {
-  if (count >= lanes) return Fp16::widen(p);
-#if defined(__AVX512F__)
-  return F(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p)));
-#else
-  if (readable >= lanes) return select(lane_number() < int32_t(count), Fp16::widen(p), F{});
-  uint16_t buffer[lanes] = {};
-  for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
-  return Fp16::widen(buffer);
-#endif
-}
-
-// Bytes [count > 0] as integers, zeros behind them; of `readable` more than those may be read.
-INLINE U small_numbers(const uint8_t* p, int64_t count, [[maybe_unused]] int64_t readable = 0) {
-  const int32_t inside = int32_t(smaller(count, lanes));
-#if defined(__AVX512F__)
-  return U(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(__mmask16((1u << inside) - 1), p)));
-#else
-  if (readable >= lanes) return reinterpret_cast<U>((lane_number() < inside) & widened(p) & 255);
-  uint8_t buffer[lanes] = {};
-  for (int i = 0; i < inside; ++i) buffer[i] = p[i];
-  return reinterpret_cast<U>(widened(buffer) & 255);
-#endif
-}
-
-// Powers of two from their biased exponents [count > 0] (E8M0), where 255 means NaN; zeros behind them.
-INLINE F powers(const uint8_t* p, int64_t count) {
-  const U exponent = small_numbers(p, count);
-  const U bits = exponent << 23 | (reinterpret_cast<U>((exponent == 0) | (exponent == 255)) & 0x00400000u);
-  return reinterpret_cast<F>(bits & reinterpret_cast<U>(lane_number() < int32_t(smaller(count, lanes))));
-}
-
-// One parameter for the runs [from, from + lanes) of a weight row, where 1 << shift runs have one and the row `all`; zeros
-// behind the last.
-template <class Read>
-INLINE F for_runs(int shift, int64_t all, int64_t from, const Read& read) {
-  const int64_t first = from >> shift, count = all - first;
-  if (count <= 0) return F{};
-  F groups = read(first, count);
-  return shift ? __builtin_shuffle(groups, lane_number() >> shift) : groups;
-}
-
-INLINE int group_shift(const QuantizedTask& task) { return task.group == 32 ? 0 : task.group == 64 ? 1 : 2; }
-
-INLINE F halves_for_runs(const QuantizedTask& task, const void* groups, int64_t n, int64_t from) {
-  return for_runs(group_shift(task), task.groups, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
-    return halves(static_cast<const uint16_t*>(groups) + n * task.groups + first, count, (task.n - n) * task.groups - first);
-  });
-}
-
-// Bytes of groups of 32 times their units: two of them for a vector, or one.
-INLINE F counts_for_runs(const QuantizedTask& task, const void* counts, const void* units, int64_t n, int64_t from) {
-  if (from >= task.groups) return F{};
-  const U bytes = small_numbers(static_cast<const uint8_t*>(counts) + n * task.groups + from, task.groups - from, (task.n - n) * task.groups - from);
-  const int64_t all = unit_count(task.groups), first = from >> unit_shift;
-  const uint16_t* unit = static_cast<const uint16_t*>(units) + n * all + first;
-#if defined(__AVX512F__)
-  uint32_t pair = *unit;
-  if (first + 1 < all) __builtin_memcpy(&pair, unit, sizeof pair);
-  const __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(int32_t(pair)));
-  const F each = F(_mm512_permutexvar_ps(__m512i(lane_number() >> unit_shift), _mm512_castps128_ps512(two)));
-#else
-  const F each = splat(Fp16::to_float(*unit));
-#endif
-  return __builtin_convertvector(reinterpret_cast<I>(bytes), F) * each;
-}
-
-INLINE F scales_for_runs(const QuantizedTask& task, int64_t n, int64_t from) {
-  if (task.scale_units) return counts_for_runs(task, task.scales, task.scale_units, n, from);
-  if (task.kind != Codes::mxfp4) return halves_for_runs(task, task.scales, n, from);
-  return for_runs(0, task.groups, from, [&](int64_t first, int64_t count) INLINE_LAMBDA {
-    return powers(static_cast<const uint8_t*>(task.scales) + n * task.groups + first, count);
-  });
-}
-
-// What belongs to the code that is read as 0: codes are -8..7 here, but count from the offset in the pack.
-INLINE F offsets_for_runs(const QuantizedTask& task, int64_t n, int64_t from, F scales) {
-  const F middle = splat(8.0f) * scales;
-  if (task.offset_units) return middle - counts_for_runs(task, task.offsets, task.offset_units, n, from);
-  return middle + halves_for_runs(task, task.offsets, n, from);
-}
-
-// Scales of weight row n to `scales`; what the offsets add to each column is added to acc, in any lane.
-template <int columns>
-INLINE void row_parameters(const QuantizedTask& task, int64_t n, int64_t runs, float* scales, const float* sums, F (&acc)[columns]) {
-  for (int64_t j = 0; j < (task.k + run - 1) / run; j += lanes) {
-    const F scale = scales_for_runs(task, n, j);
-    store(scales + j, scale);
-    if (!task.offsets) continue;
-    const F offset = offsets_for_runs(task, n, j, scale);
-    for (int c = 0; c < columns; ++c) acc[c] += offset * load(sums + c * runs + j);
-  }
-}
-
 // Totals of sums[row][column], rows first.
 template <int rows, int columns>
 INLINE void store_totals(const F (&sums)[rows][columns], float* totals) {
@@ -156,14 +61,15 @@ INLINE void store_totals(const I (&sums)[rows][columns], float* totals, const in
 // Products of `rows` weight rows from n with `columns` rows of x from m, to the totals at `place`. Behind the last
 // weight row it is taken again.
 template <class M, bool grouped, int rows, int columns>
-INLINE void quantized_block(const QuantizedTask& task, const M& reader, const PackedX<M>& packed, int64_t n, int64_t m, int64_t place, Ahead ahead) {
+INLINE void quantized_block(const QuantizedTask& task, const M& reader, [[maybe_unused]] const RowParameters& parameters, const PackedX<M>& packed, int64_t n,
+                            int64_t m, int64_t place, Ahead ahead) {
   using Sum = typename M::Sum;
   Sum acc[rows][columns] = {};
   const uint8_t* w[rows];
   for (int r = 0; r < rows; ++r) {
     const int64_t row = smaller(n + r, task.n - 1);
     w[r] = static_cast<const uint8_t*>(task.codes) + row * task.row_bytes;
-    if constexpr (grouped) row_parameters<columns>(task, row, packed.runs, packed.scales + r * packed.runs, packed.sums + m * packed.runs, acc[r]);
+    if constexpr (grouped) parameters.template of<columns>()(task, row, packed.runs, packed.scales + r * packed.runs, packed.sums + m * packed.runs, acc[r]);
   }
   const auto* x = packed.x + m * packed.ldx;
   // One step of `count` rows from the first, whose codes are in raw.
@@ -259,19 +165,20 @@ template <class M, bool grouped>
 void quantized_range(Dtype out, const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end) {
   const PackedX<M> packed(rows.data, rows.m, rows.k);
   const M reader(task.kind);
+  const RowParameters parameters(task);
   const Ahead ahead = Ahead::of(task.row_bytes, task.row_bytes, 1, rows.m == 1 ? 4 : 2);
   for (int64_t first = begin; first < end; first += outputs_at_once) {
     const int64_t count = smaller(outputs_at_once, end - first);
     if (rows.m == 1)
-      for (int64_t i = 0; i < count; i += 4) quantized_block<M, grouped, 4, 1>(task, reader, packed, first + i, 0, i, ahead);
+      for (int64_t i = 0; i < count; i += 4) quantized_block<M, grouped, 4, 1>(task, reader, parameters, packed, first + i, 0, i, ahead);
     else
       for (int64_t i = 0; i < count; i += 2)
         for (int64_t m = 0; m < rows.m;) {
           // The last of an odd number is taken again with its neighbour.
           if (lanes == 16 && rows.m - m >= 4)
-            quantized_block<M, grouped, 2, 4>(task, reader, packed, first + i, m, i, ahead), m += 4;
+            quantized_block<M, grouped, 2, 4>(task, reader, parameters, packed, first + i, m, i, ahead), m += 4;
           else
-            quantized_block<M, grouped, 2, 2>(task, reader, packed, first + i, smaller(m, rows.m - 2), i, ahead), m += 2;
+            quantized_block<M, grouped, 2, 2>(task, reader, parameters, packed, first + i, smaller(m, rows.m - 2), i, ahead), m += 2;
         }
     store_totals_of(out, task, packed, rows.m, first, count);
   }

@@ -65,7 +65,8 @@ INLINE bool place_fixed(const QuantizedTask& task, const uint16_t* x, int64_t ld
 // Products of four weight rows, the first being number `place` of those from n on, with `columns` rows of x from m on.
 // Behind the last weight row it is taken again.
 template <class Read, int group, int columns>
-INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const Read& codes_at, int64_t n, int64_t place, int64_t m) {
+INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const Read& codes_at, [[maybe_unused]] const RowParameters& parameters, int64_t n,
+                        int64_t place, int64_t m) {
   F acc[rows_at_once][columns] = {};
   const uint8_t* w[rows_at_once];
   const float* scales[rows_at_once];
@@ -74,7 +75,7 @@ INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const R
     w[r] = static_cast<const uint8_t*>(task.codes) + (n + row) * task.row_bytes;
     if constexpr (Read::in_runs) {
       float* own = packed.scales + r * packed.runs;
-      row_parameters<columns>(task, n + row, packed.runs, own, packed.sums + m * packed.runs, acc[r]);
+      parameters.template of<columns>()(task, n + row, packed.runs, own, packed.sums + m * packed.runs, acc[r]);
       scales[r] = own;
     } else {
       scales[r] = packed.scales + row * task.groups;
@@ -107,12 +108,13 @@ template <class Read, int group>
 void fixed_range(const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end) {
   const FixedX packed(rows.data, rows.m, rows.k);
   const Read codes_at(task.kind);
+  const RowParameters parameters(task);
   for (int64_t first = begin; first < end; first += outputs_at_once) {
     const int64_t count = smaller(outputs_at_once, end - first);
     if constexpr (!Read::in_runs) packed.read_scales(task, first, smaller(round_up(count, rows_at_once), task.n - first));
     for (int64_t i = 0; i < count; i += rows_at_once) {
-      for (int64_t m = 0; m + 2 <= rows.m; m += 2) fixed_block<Read, group, 2>(task, packed, codes_at, first, i, m);
-      if (rows.m % 2) fixed_block<Read, group, 1>(task, packed, codes_at, first, i, rows.m - 1);
+      for (int64_t m = 0; m + 2 <= rows.m; m += 2) fixed_block<Read, group, 2>(task, packed, codes_at, parameters, first, i, m);
+      if (rows.m % 2) fixed_block<Read, group, 1>(task, packed, codes_at, parameters, first, i, rows.m - 1);
     }
     for (int64_t m = 0; m < rows.m; ++m) store_outputs<Fp32, Bf16>(task, packed.totals + m * outputs_at_once, packed.factors[m], m, first, count);
   }
