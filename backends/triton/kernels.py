@@ -96,7 +96,7 @@ def _assemble(
     for number, section in enumerate(sections):
         last = number == len(sections) - 1
         program = "program" if number == 0 else f"program_{number}"
-        _nest(body, number, last, program, section)
+        _append(body, number, last, program, section)
         grid.append(section.programs)
     constants = {k: v for s in sections for k, v in s.constants.items()}
     body = prune(body)
@@ -117,20 +117,22 @@ def _assemble(
     )
 
 
-def _nest(body: list[str], number: int, last: bool, program: str, section: Section) -> None:
-    """Append a section's lines under its branch of the chain of conditions."""
-    depth = "    " * number
-    lines = section.lines(program)
+def _append(body: list[str], number: int, last: bool, program: str, section: Section) -> None:
+    """Append a section's lines under a condition of its own.
+
+    Not under the `else` of the section before: Triton would give every branch shared memory of its own.
+    """
+    tests = []
     if number:
         before = "program" if number == 1 else f"program_{number - 1}"
-        body.append(f"{depth}{program} = {before} - blocks_{number - 1}")
-    if last:
-        body += [f"{depth}{line}" for line in lines]
-        return
-    body.append(f"{depth}blocks_{number} = {section.programs.replace('cdiv(', 'tl.cdiv(')}")
-    body.append(f"{depth}if {program} < blocks_{number}:")
-    body += [f"{depth}    {line}" for line in lines]
-    body.append(f"{depth}else:")
+        body.append(f"{program} = {before} - blocks_{number - 1}")
+        tests.append(f"({program} >= 0)")
+    if not last:
+        body.append(f"blocks_{number} = {section.programs.replace('cdiv(', 'tl.cdiv(')}")
+        tests.append(f"({program} < blocks_{number})")
+    if tests:
+        body.append(f"if {' & '.join(tests)}:")
+    body += [f"{'    ' if tests else ''}{line}" for line in section.lines(program)]
 
 
 def _groups(region: Region) -> list[list[int]]:
