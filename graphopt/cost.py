@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from graphopt import _compat, grouped
 from graphopt.index_map import ALIASING_VIEWS, product, size_expression
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
 from graphopt.runtime import pages
 
@@ -176,7 +176,7 @@ def value_bytes(value: Any) -> sympy.Expr:
 
 def _written_bytes(node: Node) -> sympy.Expr:
     """The bytes that a node writes: its value, or the rows that it writes into a cache."""
-    written = node.args[1] if node.target is kv_write else node
+    written = node.args[1] if node.target in WRITES else node
     assert isinstance(written, Node)
     return value_bytes(written.meta.get("val"))
 
@@ -215,7 +215,7 @@ def _reads(node: Node, operand: Node) -> sympy.Expr:
         return value_bytes(operand.meta["val"]) * sympy.Min(mixture.rows, mixture.count) / mixture.count
     if node.target in _GATHERS and node.args[0] is operand:
         return value_bytes(value)
-    if node.target in (aten.copy_.default, kv_write) and node.args[0] is operand:
+    if node.target in (aten.copy_.default, *WRITES) and node.args[0] is operand:
         return _ZERO
     if str(node.target) == "graphopt.quantized_embedding.default" and node.args[0] is not operand:
         picked, table = node.args[0], operand.meta["val"]
@@ -352,7 +352,7 @@ def _picked(node: Node) -> sympy.Expr | None:
         if (user.target in _GATHERS and user.args[0] is node) or (mixture is not None and node in mixture.experts):
             read.append(_reads(user, node))
             continue
-        if user.target is kv_write and user.args[0] is node:
+        if user.target in WRITES and user.args[0] is node:
             read.append(_ZERO)
             continue
         inner = _picked(user) if user.target is aten.permute.default else None

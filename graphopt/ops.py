@@ -276,6 +276,24 @@ def kv_write(room: Tensor, rows: Tensor, dim: int, start: int, end: int) -> Tens
     return room
 
 
+def _written_at(cache: Tensor, rows: Tensor, dim: int, places: Tensor) -> Tensor:
+    return cache
+
+
+@operation("(Tensor(a!) cache, Tensor rows, int dim, Tensor places) -> Tensor(a!)", _written_at, traceable=False)
+def kv_write_at(cache: Tensor, rows: Tensor, dim: int, places: Tensor) -> Tensor:
+    """`cache` with `rows` written along `dim` to the `places`, integers [S] on its device, in place; see `kv_write`.
+
+    As for `index_copy`: of several rows for one place any may stay.
+    """
+    cache.data.index_copy_(dim, places, rows)
+    return cache
+
+
+WRITES = frozenset({kv_write, kv_write_at})
+"""What writes rows, its second argument, into the cache that is its first, and answers the cache."""
+
+
 def _allocated(
     size: Sequence[int], dim: int, *, dtype: torch.dtype, device: torch.device, capacity: int | None = None
 ) -> Tensor:

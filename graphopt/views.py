@@ -97,7 +97,7 @@ def rooms_of(call: fx.Node) -> list[fx.Node | None]:
     given = dict(zip(region.graph.find_nodes(op="placeholder"), call.args, strict=True))
     results: Any = region.graph.output_node().args[0]
     listed = results if isinstance(results, (tuple, list)) else (results,)
-    written = [r.args[0] if isinstance(r, fx.Node) and r.target is ops.kv_write else None for r in listed]
+    written = [r.args[0] if isinstance(r, fx.Node) and r.target in ops.WRITES else None for r in listed]
     return [cast(fx.Node, given[room]) if isinstance(room, fx.Node) else None for room in written]
 
 

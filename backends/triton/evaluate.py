@@ -174,6 +174,18 @@ class Evaluator:
             uses |= guard[1]
         return address, " & ".join(masks), uses
 
+    def stored(self, output: int, index: Index) -> tuple[str, str, frozenset[str]]:
+        """Where an element of an output goes, as `address` tells it; for a place that there is not, nowhere."""
+        place = self.region.places[output]
+        if place.places is None:
+            return self.address(self.region.address(output, index))
+        assert place.room is not None
+        size = self.region.sizes(place.room)[place.dim]
+        row = self.operand(place.places, index[place.dim : place.dim + 1])
+        inside = self.also(f"({row.text} >= 0) & ({row.text} < {text_of(size, True)})", row.uses, None)
+        moved = (*index[: place.dim], self.as_symbol(row, size), *index[place.dim + 1 :])
+        return self.address(self.region.address(output, moved), inside)
+
     # -- pointwise ---------------------------------------------------------------------------------------------
 
     def pointwise(

@@ -312,7 +312,7 @@ class MatmulSection:
         at = own if sizes == result_sizes else unflatten(flatten(own, result_sizes), sizes, evaluator.ranges)
         value = evaluator.value(base, at)
         index = shown_index(node, at, self.region.sizes, evaluator.ranges)
-        address, mask, uses = evaluator.address(self.region.address(output, index))
+        address, mask, uses = evaluator.stored(output, index)
         for missing in [a for a in (self.m, self.n) if a.name not in uses]:
             address += f" + 0 * {missing.position}"
             mask = " & ".join(x for x in (mask, missing.mask) if x)

@@ -29,7 +29,7 @@ from graphopt.backends.triton.region import Region, Unsupported, key
 from graphopt.backends.triton.source import Kernel, harmless
 from graphopt.index_map import ALIASING_VIEWS, size_expression
 from graphopt.lowering import USERS_KERNELS
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES
 from graphopt.runtime.autotune import Config
 
 WIDE = 2**31 - 2**16
@@ -182,10 +182,10 @@ class Writer:
         if not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in path.split(".")):
             raise Unsupported("an operator with an unprintable name")
         # A write of new rows into a cache has no better form than a copy.
-        if target not in ALIASING_VIEWS and target.namespace != USERS_KERNELS and target is not kv_write:
+        if target not in ALIASING_VIEWS and target.namespace != USERS_KERNELS and target not in WRITES:
             self.fallbacks.append(Fallback(harmless(node.name), str(target), reason or "not part of a fused region"))
         # Rows written into room once may be written there again: nothing but the write fills them.
-        self.updated = self.updated or (target._schema.is_mutable and target is not kv_write)
+        self.updated = self.updated or (target._schema.is_mutable and target not in WRITES)
         arguments = [self._text(a, names) for a in node.args]
         arguments += [f"{_keyword(k)}={self._text(v, names)}" for k, v in node.kwargs.items()]
         names[node] = self._buffers.new("buf")

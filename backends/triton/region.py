@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from graphopt import cost, estimate
 from graphopt.index_inverse import rejoin
 from graphopt.index_map import Index, product, size_expression
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES, kv_write_at
 
 
 class Unsupported(Exception):
@@ -37,18 +37,21 @@ class Place:
     """Where a kernel stores an output: element i of it lies `offset` + i . strides elements behind the first of some
     memory.
 
-    room: the placeholder that this memory is of; None where it is allocated for the output.
+    room: the placeholder that this memory is of; None where it is allocated for the output. Where along `dim` a row
+    goes, `places` says, a tensor; None: to the place that its index is.
     """
 
     strides: Index
     offset: sympy.Expr = sympy.Integer(0)
     room: Node | None = None
+    dim: int = 0
+    places: Node | None = None
 
 
 class Region:
     """A region's graph with sizes in kernel parameters.
 
-    inputs: the tensor placeholders that it reads, in order; outputs: the nodes that it stores, for `kv_write` the new
+    inputs: the tensor placeholders that it reads, in order; outputs: the nodes that it stores, for writes the new
     rows; places: where each of them goes; parameters: for every kernel parameter (`n0` ...) the expression, in the
     symbols of the whole graph, that the caller passes.
     """
@@ -98,11 +101,14 @@ class Region:
         return tuple(self.size(s) for s in node.meta["val"].stride())
 
     def _place(self, result: Node) -> Place:
-        if result.target is not kv_write:
+        if result.target not in WRITES:
             return Place(self.strides(result))
-        room, _, dim, start, _ = result.args
+        room, _, dim, start, *_ = result.args
         assert isinstance(room, Node) and isinstance(dim, int)
         strides = self.strides(room)
+        if result.target is kv_write_at:
+            assert isinstance(start, Node)
+            return Place(strides, room=room, dim=dim % len(strides), places=start)
         return Place(strides, self.size(start) * strides[dim], room)
 
     def address(self, output: int, index: Index) -> sympy.Expr:
@@ -136,14 +142,14 @@ class Region:
 
 def _stored(result: Node) -> Node:
     """What a kernel computes for a result: of a write into a cache, the new rows."""
-    stored = result.args[1] if result.target is kv_write else result
+    stored = result.args[1] if result.target in WRITES else result
     assert isinstance(stored, Node)
     return stored
 
 
 def _is_read(placeholder: Node) -> bool:
     """Is it more than room that is written into?"""
-    return any(user.target is not kv_write or placeholder in user.args[1:] for user in placeholder.users)
+    return any(user.target not in WRITES or placeholder in user.args[1:] for user in placeholder.users)
 
 
 def key(graph_module: GraphModule) -> tuple[str, list[sympy.Symbol]]:

@@ -230,7 +230,7 @@ class RowSection:
         node = self.region.outputs[output]
         index = self.output_index(node)
         value = self.evaluator.value(node, index)
-        address, mask, uses = self.evaluator.address(self.region.address(output, index))
+        address, mask, uses = self.evaluator.stored(output, index)
         dtype = node.meta["val"].dtype
         text = value.text if value.uses else f"tl.full([], {value.text}, {expressions.CARRIERS[dtype]})"
         if dtype in expressions.ROUNDED:

@@ -121,7 +121,7 @@ def _is_fresh(output: Any) -> bool:
 def _owner(node: fx.Node) -> fx.Node:
     """The node that allocated the memory which a node shows; `kv_write` answers the memory that it is given."""
     found = views.storage(node)
-    while found.target is ops.kv_write:
+    while found.target in ops.WRITES:
         found = views.storage(found.all_input_nodes[0])
     return found
 
@@ -131,7 +131,7 @@ def _updated(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[int, ...
     writers = [
         n
         for n in graph.nodes
-        if n.op == "call_module" or n.target is ops.kv_write or (n.op == "call_function" and views.may_write(n))
+        if n.op == "call_module" or n.target in ops.WRITES or (n.op == "call_function" and views.may_write(n))
     ]
     written = {_owner(read) for node in writers for read in _written(node)}
     return tuple(i for i, node in enumerate(placeholders) if node in written)
@@ -140,7 +140,7 @@ def _updated(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[int, ...
 def _written(node: fx.Node) -> list[fx.Node]:
     """The operands that a node may write to: all of one that does not say."""
     schema = getattr(node.target, "_schema", None)
-    if node.target is ops.kv_write:
+    if node.target in ops.WRITES:
         return node.all_input_nodes[:1]
     if node.op == "call_module":
         return [room for room in views.rooms_of(node) if room is not None]

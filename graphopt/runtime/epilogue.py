@@ -130,7 +130,7 @@ def _written_into(graph_module: fx.GraphModule, known: Mapping[fx.Node, int]) ->
 
 def _written_room(node: fx.Node) -> Any:
     """The memory that a node is because rows were written there, by itself or in a region."""
-    if node.target is ops.kv_write:
+    if node.target in ops.WRITES:
         return node.args[0]
     made = node.args[0] if node.target is operator.getitem else None
     return views.written_into(node) if isinstance(made, fx.Node) and made.op == "call_module" else None

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from graphopt.index_inverse import ONE_TO_ONE
 from graphopt.index_map import IDENTITIES, RESHAPES, size_expression
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers, source_of
 from graphopt.passes.fuse.joining import group_rows, numel
 from graphopt.passes.fuse.writes import is_write, rows_of_write
@@ -124,6 +124,6 @@ def _is_prologue(before: Group, group: Group, contraction: Node) -> bool:
     outputs = [n for n in before.nodes if any(r not in before.nodes for r in consumers(n))]
     private = all(r in group.nodes or r in before.nodes for n in before.nodes for r in consumers(n))
     same = group_rows(before) in (None, (rows, sizes[-1], ((), ())))
-    plain = all(n.target not in CONSTANTS and n.target is not kv_write for n in before.nodes)
+    plain = all(n.target not in CONSTANTS and n.target not in WRITES for n in before.nodes)
     views = all(v.target in RESHAPES | IDENTITIES for o in outputs for v in chain(contraction, o))
     return bool(rows.is_Integer and rows <= FEW_ROWS and private and same and plain and views and len(outputs) == 1)

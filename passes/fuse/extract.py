@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from graphopt import edit
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, Groups
 from graphopt.row_ops import CONSTANTS, is_view
 
@@ -76,7 +76,7 @@ def _call(graph_module: GraphModule, new: Graph, environment: dict[Node, Node], 
         inner[node] = region.node_copy(node, lambda n: inner[n])
     members = [n for n in group.nodes if isinstance(n.meta["val"], torch.Tensor)]
     outputs = [n for n in members if any(user not in group.nodes and not _copied(user, group) for user in n.users)
-               or _read_through_views(n, group) or n.target is kv_write]
+               or _read_through_views(n, group) or n.target in WRITES]
     region.output(tuple(inner[n] for n in outputs))
     module = GraphModule(torch.nn.Module(), region)
     module.meta["kind"] = group.kind

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES
 from graphopt.passes.fuse.worth import Worth
 from graphopt.row_ops import is_view
 
@@ -63,9 +63,9 @@ class Groups:
     def makes_cycle(self, members: Iterable[Node]) -> bool:
         """Would these nodes, as one kernel, wait for a kernel that waits for them?"""
         inside = dict.fromkeys(members)
-        if any(source in inside and source.target is kv_write for n in inside for source in producers(n)):
+        if any(source in inside and source.target in WRITES for n in inside for source in producers(n)):
             return True  # what is written is read by another launch: programs do not wait for each other
-        writes = [n for n in inside if n.target is kv_write]
+        writes = [n for n in inside if n.target in WRITES]
         # Views are copied into regions that read them: between rows and their write they are nobody's launch.
         inside.update(dict.fromkeys(view for n in writes for rows in producers(n) for view in chain(n, rows)))
         first = min(self.order[n] for n in inside)

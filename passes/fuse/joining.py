@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from graphopt.index_map import IDENTITIES, RESHAPES, product, size_expression
-from graphopt.ops import kv_write
+from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, chain, consumers, producers, source_of
 from graphopt.passes.fuse.writes import rows_of_write
 from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, SCATTERS, STRUCTURES, is_pick
@@ -38,7 +38,7 @@ def shape(node: Node) -> Sizes:
 
 def _computed(node: Node) -> Any:
     """The fake value of what a node computes: of a write into a cache the new rows, not the cache."""
-    value = (rows_of_write(node) if node.target is kv_write else node).meta["val"]
+    value = (rows_of_write(node) if node.target in WRITES else node).meta["val"]
     return value[0] if isinstance(value, (tuple, list)) else value
 
 
@@ -92,7 +92,7 @@ def may_join(node: Node, group: Group) -> bool:
     reduced = [p for p in own if depends_on_reduction(p, group)]
     if not reduced:
         return True
-    return (node.target in ELEMENTWISE or node.target is kv_write) and all(_keeps_rows(node, p) for p in reduced)
+    return (node.target in ELEMENTWISE or node.target in WRITES) and all(_keeps_rows(node, p) for p in reduced)
 
 
 def _has_shape(node: Node, rows: Rows) -> bool:

@@ -181,3 +181,89 @@ def test_a_region_without_a_kernel_writes_by_its_own_graph() -> None:
     got, (made,) = run(step, past, new.clone(), prepare=refuse)
     assert any(region.graph.find_nodes(op="call_function", target=ops.kv_write) for region in made_graphs[0].children())  # type: ignore[operator, union-attr]
     assert torch.equal(got[1], torch.cat([past, new.relu()], 2)) and "graphopt.kv_write" in made.source
+
+
+LENGTH, USED = 96, 32
+"""The size of a cache, and of its blocks that attention reads after a few tokens."""
+
+
+def fixed_caches(model: Any, batch: int = 1) -> tuple[Tensor, Any]:
+    """The next token and a cache of fixed size after an eager prefill."""
+    cache = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
+    return scenarios.step(model, scenarios.prompt(batch=batch), cache)
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": "all"}], ids=["", "verified"])
+def test_steps_with_caches_of_fixed_size(steps: list[CompiledGraph], options: dict[str, str]) -> None:
+    """One compiled step serves all places, writes the rows where the device says, and reads no block behind them."""
+    model, twin = scenarios.tiny_llama(2), scenarios.tiny_llama(2)
+    (token, cache), (_, other) = fixed_caches(model), fixed_caches(twin)
+    forward = torch.compile(model.forward, backend="graphopt", options={"target": "triton", **options})
+    addresses = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+    for layer in cache.layers:
+        layer.keys[:, :, USED:] = layer.values[:, :, USED:] = torch.nan
+    for used in range(8, 12):
+        seen = (torch.arange(LENGTH) < used)[None, None, None]
+        given = {"attention_mask": seen, "position_ids": torch.tensor([[used - 1]])}
+        with torch.no_grad():
+            got = forward(token, past_key_values=cache, **given).logits
+            want = twin(token, past_key_values=other, **given).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        token = want.argmax(-1)
+    assert addresses == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+    for layer, expected in zip(cache.layers, other.layers, strict=True):
+        for mine, theirs in ((layer.keys, expected.keys), (layer.values, expected.values)):
+            torch.testing.assert_close(mine[:, :, :USED], theirs[:, :, :USED], rtol=1e-4, atol=1e-5)
+            assert mine[:, :, USED:].isnan().all()
+            assert options or mine._version == theirs._version + 1  # once for NaN
+    (made,) = steps
+    assert {fallback.target for fallback in made.fallbacks} == {"aten.copy_.default"}  # the counters of the caches
+    assert "graphopt.kv_write_at" not in made.source
+
+
+def test_tokens_with_caches_of_fixed_size() -> None:
+    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = scenarios.tiny_llama().generate(scenarios.prompt(batch=2), **settings)
+    model = scenarios.tiny_llama()
+    model.forward = torch.compile(model.forward, backend="graphopt", options={"target": "triton"})
+    assert torch.equal(model.generate(scenarios.prompt(batch=2), **settings), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("made_by", ["rows", "product"])
+def test_rows_go_to_the_places_that_a_tensor_names(made_by: str, dim: int) -> None:
+    sizes = [3, 2, 4, 5]
+    whole = list(sizes)
+    whole[dim] = 7
+    cache, x, w = torch.randn(whole), torch.randn(6, 8), torch.randn(20, 8)
+    places = torch.randperm(7)[: sizes[dim]]
+
+    def step(cache: Tensor, x: Tensor, w: Tensor, places: Tensor) -> Tensor:
+        made = torch.nn.functional.linear(x, w) if made_by == "product" else (x @ w.T).view(-1).relu() + 0
+        rows = made.view(3, 2, 20).view(2, 3, 4, 5).transpose(0, 1) if made_by == "product" else made.view(sizes)
+        cache.index_copy_(dim, places, rows)
+        return cache.sum(-1)
+
+    mine = cache.clone()
+    want = step(cache, x, w, places)
+    got, (made,) = run(step, mine, x, w, places, prepare=prepare)
+    torch.testing.assert_close((got, mine), (want, cache), rtol=1e-4, atol=1e-4)
+    assert made.fallbacks == [] and "graphopt.kv_write_at" not in made.source
+
+
+def test_places_that_a_cache_does_not_have_are_not_written() -> None:
+    """Eager raises there; a kernel must not write into memory of others."""
+    memory = torch.zeros(9, 4)
+
+    def step(cache: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        cache.index_copy_(0, places, rows.relu())
+        return cache * 2
+
+    cache, rows = memory[2:7], torch.rand(5, 4) + 1
+    got, _ = run(step, cache, rows, torch.arange(5), prepare=prepare)
+    assert torch.equal(got, 2 * rows)
+    memory.zero_()
+    _, (made,) = run(step, cache, rows, torch.tensor([4, 3, 2, 1, 0]), prepare=prepare)
+    memory.zero_()
+    made(cache, rows, torch.tensor([-1, 5, 2, 6, -2]))
+    assert torch.equal(memory[4], rows[2]) and memory.count_nonzero() == 4
