@@ -17,6 +17,7 @@ from graphopt.passes.canonicalize.remove_noops import remove_noops
 from graphopt.passes.canonicalize.simplify_shapes import simplify_shapes
 from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.fuse.merge_parallel_linears import merge_parallel_linears
+from graphopt.passes.fuse.part_products import part_products
 from graphopt.passes.kv_cache.append_in_place import append_in_place
 from graphopt.passes.kv_cache.fix_capacity import fix_capacity
 from graphopt.passes.kv_cache.page_cache import page_cache
@@ -73,6 +74,7 @@ PIPELINE: tuple[Callable[..., int], ...] = (
 OPTIONAL: tuple[Callable[..., int], ...] = (
     # the target triton
     write_in_place,
+    part_products,
     form_regions,
     # kv_capacity, kv_cache, kv_dtype
     fix_capacity,
@@ -95,7 +97,7 @@ def for_target(target: str, options: Options) -> tuple[Callable[..., int], ...]:
     """What a target needs beyond the pipeline."""
     if target != "triton":
         return ()
-    return write_in_place, _bound(form_regions, cost_model=options.cost_model)
+    return write_in_place, part_products, _bound(form_regions, cost_model=options.cost_model)
 
 
 @functools.cache
