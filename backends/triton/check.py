@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from graphopt.backends.triton import helpers
 from graphopt.backends.triton.source import Kernel
+from graphopt.runtime.launch import all_registers
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,8 +85,16 @@ class _Compilation:
 
 @functools.lru_cache(maxsize=4096)
 def _resources(compilation: _Compilation) -> Resources:
+    found = _read(compilation)
+    if not found.spilled_bytes or not (more := all_registers(compilation.kernel.num_warps)):
+        return found
+    again = _read(compilation, **more)
+    return again if TARGETS[compilation.target].backend == "cuda" else found
+
+
+def _read(compilation: _Compilation, **options: int) -> Resources:
     kernel, target = compilation.kernel, compilation.target
-    compiled = compile_for(kernel, target)
+    compiled = compile_for(kernel, target, **options)
     threads = kernel.num_warps * TARGETS[target].warp_size
     shared = int(compiled.metadata.shared)
     if "cubin" in compiled.asm:
@@ -97,8 +106,8 @@ def _resources(compilation: _Compilation) -> Resources:
     return Resources(target, registers, spilled, shared, threads)
 
 
-def compile_for(kernel: Kernel, target: str) -> Any:
-    """Triton's compiled kernel for a target, with no device needed."""
+def compile_for(kernel: Kernel, target: str, **more: int) -> Any:
+    """Triton's compiled kernel for a target, with no device needed. more: options besides the kernel's own."""
     from graphopt.backends.triton.compile import load
     from graphopt.backends.triton.program import PRELUDE
 
@@ -112,7 +121,7 @@ def compile_for(kernel: Kernel, target: str) -> Any:
         fn=function, signature={n: kinds[n] for n in function.arg_names},
         constexprs={(function.arg_names.index(n),): v for n, v in constants.items()}, attrs=aligned,
     )
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": False}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": False, **more}
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -17,15 +17,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 Launch = Callable[..., Any]
 """(kernel, number of programs, *arguments, **constants); answers what Triton compiled for them, where it tells."""
 
 _LONG = 2**31
 
 
+_more: dict[tuple[Any, ...], dict[str, int]] = {}
+
+
+def all_registers(num_warps: int) -> dict[str, int]:
+    """The option that lets a thread have as many registers as there are for it, where it may be denied some.
+
+    ptxas spills a few bytes of a kernel when that makes room for one program more on a processor. A kernel that was
+    given its size by what it needs has no use for that.
+    """
+    return {"maxnreg": 255} if num_warps <= 8 else {}
+
+
 def jit(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> Any:
-    """Launch as Triton does; answers its compiled kernel."""
-    return kernel[(grid,)](*arguments, **constants) if grid > 0 else None
+    """Launch as Triton does; answers its compiled kernel.
+
+    One that spills on an NVIDIA GPU gets all registers, and runs once more: generated kernels may do so.
+    """
+    if grid <= 0:
+        return None
+    key = (kernel.fn, *constants.items())
+    compiled = kernel[(grid,)](*arguments, **constants, **_more.get(key, {}))
+    if key not in _more:
+        spills = getattr(compiled, "n_spills", 0) and torch.version.hip is None
+        _more[key] = all_registers(constants.get("num_warps", 4)) if spills else {}
+        if _more[key]:
+            return jit(kernel, grid, *arguments, **constants)
+    return compiled
 
 
 class Launcher:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from graphopt.runtime.launch import Launcher
+from graphopt.runtime.launch import Launcher, jit
 
 triton = pytest.importorskip("triton")
 
@@ -116,6 +116,25 @@ def test_equal_specialisations_share_a_kernel(kernel: Kernel) -> None:
     for size in (32, 48, 1600, -16):
         launch(launcher, kernel, torch.randn(64), size)
     assert kernel.launched == 1
+
+
+@pytest.mark.parametrize(("spills", "warps", "seen"), [(0, 4, [None]), (2, 4, [None, 255]), (2, 16, [None])])
+def test_a_kernel_that_spills_gets_all_registers(spills: int, warps: int, seen: list[int | None]) -> None:
+    given: list[int | None] = []
+
+    class Spilling:
+        fn = object()
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def run(*arguments: Any, maxnreg: int | None = None, **constants: Any) -> Any:
+                given.append(maxnreg)
+                return types.SimpleNamespace(n_spills=0 if maxnreg else spills, maxnreg=maxnreg)
+
+            return run
+
+    kernel = Spilling()
+    assert jit(kernel, 1, torch.randn(4), num_warps=warps).maxnreg == seen[-1] and given == seen
+    assert jit(kernel, 1, torch.randn(4), num_warps=warps).maxnreg == seen[-1] and given == [*seen, seen[-1]]
 
 
 def test_no_programs_launch_nothing(kernel: Kernel) -> None:
