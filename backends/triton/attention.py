@@ -127,10 +127,13 @@ class AttentionSection:
         rows = int(self.m.total) if self.m.total.is_Integer else 128
         wide = self.dtype == torch.float32
         large = max(depth, width) > 128
-        bm = 16 if rows <= 16 else 32 if wide and large else 64 if wide or large or rows <= 64 else 128
-        bt = 16 if wide and large else 32 if wide or large else 64
+        if wide:  # products of float32 hold their operands in registers
+            bm, bt = 32, 16 if large or (rows <= 16 and max(depth, width) > 64) else 32
+        else:
+            bm, bt = 64 if large or rows <= 64 else 128, 32 if large else 64
         if self.spec.mask is not None:  # a tile of it takes registers beside that of the scores
             bm, bt = min(bm, 64), min(bt, 32)
+        bm = 16 if rows <= 16 else bm
         if self.keys.is_Integer:
             bt = min(bt, max(16, power_of_two(int(self.keys))))
         bd, be = max(16, power_of_two(depth)), max(16, power_of_two(width))
@@ -140,7 +143,9 @@ class AttentionSection:
         mask = self.spec.mask
         # With bounds for its walk, 4 warps spill on sm_100.
         walked = mask is not None and mask.meta["val"].dtype == torch.bool and bm == 64 and max(depth, width) > 64
-        self.num_warps = 8 if bm > 64 or (wide and large) or walked else 4
+        self.num_warps = 8 if bm > 64 or (wide and (bm > 16 or max(depth, width) > 64)) or walked else 4
+        # Under a condition, the operands of wide heads would be held in registers whole.
+        self.skips = self.few and mask is not None and not (wide and large)
         self.num_stages = 2
         for each, block in ((self.m, bm), (self.d, bd), (self.dv, be)):
             if each.total.is_Integer and int(each.total) % block == 0:
@@ -240,7 +245,7 @@ class AttentionSection:
                    f"{acc} = tl.dot({weights}.to({stored}), {value}, {acc} * {fade}, input_precision='ieee')",
                    f"{top} = {new}"]
         self.helpers |= k_evaluator.helpers | v_evaluator.helpers | mask_evaluator.helpers
-        if not self.few or spec.mask is None:
+        if not self.skips:
             return [*first, *inside]
         # A block that the mask hides from all rows is not read: of a cache of fixed size, all but the used part.
         seen = " & ".join(filter(None, [visible, self.m.mask, added and f"({added} != float('-inf'))"]))
