@@ -108,6 +108,7 @@ class Region:
         strides = self.strides(room)
         if result.target is kv_write_at:
             assert isinstance(start, Node)
+            self.sizes(room)
             return Place(strides, room=room, dim=dim % len(strides), places=start)
         return Place(strides, self.size(start) * strides[dim], room)
 

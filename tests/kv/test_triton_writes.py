@@ -267,3 +267,17 @@ def test_places_that_a_cache_does_not_have_are_not_written() -> None:
     memory.zero_()
     made(cache, rows, torch.tensor([-1, 5, 2, 6, -2]))
     assert torch.equal(memory[4], rows[2]) and memory.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_places_of_a_cache_whose_size_is_symbolic(dim: int) -> None:
+    def step(cache: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        cache.index_copy_(dim, places, rows.relu() + 1)
+        return cache * 2
+
+    cache, rows = torch.randn(9, 7), torch.randn((3, 7) if dim == 0 else (9, 3))
+    mine, places = cache.clone(), torch.tensor([2, 6, 5])
+    want = step(cache, rows, places)
+    got, (made,) = run(step, mine, rows, places, prepare=prepare, dynamic=True)
+    torch.testing.assert_close((got, mine), (want, cache))
+    assert made.fallbacks == [] and "graphopt.kv_write_at" not in made.source
