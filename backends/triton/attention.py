@@ -127,8 +127,9 @@ class AttentionSection:
         rows = int(self.m.total) if self.m.total.is_Integer else 128
         wide = self.dtype == torch.float32
         large = max(depth, width) > 128
-        if wide:  # products of float32 hold their operands in registers
-            bm, bt = 32, 16 if large or (rows <= 16 and max(depth, width) > 64) else 32
+        if wide:  # products of float32 hold their operands in registers, all the more where these are put together
+            tight = max(depth, width) > 64 and (rows <= 16 or not isinstance(self.spec.k, PlainRows))
+            bm, bt = 16 if tight else 32, 16 if large or tight else 32
         else:
             bm, bt = 64 if large or rows <= 64 else 128, 32 if large else 64
         if self.spec.mask is not None:  # a tile of it takes registers beside that of the scores
