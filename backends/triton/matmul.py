@@ -215,6 +215,11 @@ class MatmulSection:
         rows = self._rows()
         lines: list[str] = []
         if self.one_row:
+            if self.batch.symbols:
+                bands = f"bands_{number}"
+                lines += [f"{bands} = tl.cdiv({text_of(n.total)}, {bn})",
+                          f"{self.batch.position} = ({program} // {bands}).to(INDEX)"]
+                program = f"({program} % {bands})"
             lines.append(f"{m.position} = tl.zeros([1, 1], INDEX)")
             lines.append(f"{n.position} = ({program}.to(INDEX) * {bn} + tl.arange(0, {bn}))[:, None]")
         else:

@@ -84,3 +84,12 @@ def test_a_transposed_operand_is_an_index_map() -> None:
 
 def test_symbolic_rows() -> None:
     assert_agrees(lambda x, w: F.linear(x, w).relu(), torch.randn(21, 30), torch.randn(24, 30), dynamic=True)
+
+
+@pytest.mark.parametrize(("columns", "depth"), [(40, 72), (33, 300), (70, 4096)])
+def test_one_row_for_each_of_a_batch(columns: int, depth: int) -> None:
+    _, compiled = run(torch.bmm, torch.randn(3, 1, depth), torch.randn(3, depth, columns), prepare=fuse)
+    assert compiled[0].launches in (1, 2)
+    x, w = torch.randn(3, 1, depth), torch.randn(3, depth, columns)
+    torch.testing.assert_close(compiled[0](x, w)[0], x @ w, rtol=1e-3, atol=1e-3)
+    assert compiled[0].fallbacks == []
