@@ -44,7 +44,7 @@ def _why_not(node: fx.Node, right: fx.Node, bias: fx.Node | None) -> str:
         return "the product is not in floating point"
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return "addmm scales its terms by alpha or beta"
-    if bias is not None and not shapes.same_shape(bias.meta["val"], node.meta["val"][0]):
+    if bias is not None and not shapes.same_sizes(bias.meta["val"].shape, node.meta["val"].shape[1:]):
         return f"the bias has shape {tuple(bias.meta['val'].shape)}, not one row of the result"
     if _weight_source(right) is None:
         return "the right operand is neither transposed nor a weight"

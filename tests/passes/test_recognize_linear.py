@@ -80,6 +80,10 @@ def test_result_seen_in_two_shapes_keeps_both() -> None:
     check_pass(recognize_linear, two_shapes, [torch.randn(2, 3, 8), W], count=1, second=[])
 
 
+def test_no_rows() -> None:
+    check_pass(recognize_linear, lambda x: torch.addmm(B, x, W.t()), [torch.randn(0, 8)], count=1)
+
+
 REFUSALS = {
     "neither transposed nor a weight": (lambda x, w, b: x @ x.transpose(1, 2), torch.randn(2, 3, 8)),
     "scales its terms": (lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2), torch.randn(3, 8)),
