@@ -262,3 +262,16 @@ def test_declined(change: dict[str, Tensor], reason: str) -> None:
     assert lowering.unsupported_reason(**given) is None
     said = lowering.unsupported_reason(**(given | change))
     assert said is not None and re.match(reason, said)
+
+
+@pytest.mark.parametrize("sizes", ((2, 2, 0, 8), (0, 2, 3, 8), (2, 2, 3, 0)))
+def test_empty_attention_lies_as_its_meaning_does(sizes: tuple[int, ...]) -> None:
+    """And is compiled: a lowering that gives other strides than what it stands for is refused."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) * 0.3, -1) @ v
+
+    x = torch.randn(sizes)
+    with torch.no_grad():
+        result = torch.compile(attend, backend="graphopt", options={"strict": True})(x, x, x)
+    assert (result.shape, result.stride()) == (attend(x, x, x).shape, attend(x, x, x).stride())

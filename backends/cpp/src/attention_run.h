@@ -180,8 +180,10 @@ inline void run_tiles(Dtype dtype, const AttentionTask& task, const AttentionTil
 }
 
 inline Tensor empty_out(const Tensor& q, const Tensor& v) {
+  // As torch lays out empty tensors: a dimension of size 0 counts as one of size 1.
+  auto extent = [](const c10::SymInt& size) { return size.is_symbolic() ? size : c10::SymInt(std::max<int64_t>(1, size.expect_int())); };
   const auto b = q.sym_size(0), h = q.sym_size(1), s = q.sym_size(2), d = v.sym_size(3);
-  return at::empty_strided_symint({b, h, s, d}, {s * h * d, d, h * d, c10::SymInt(1)}, q.options());
+  return at::empty_strided_symint({b, h, s, d}, {extent(s) * extent(h) * extent(d), extent(d), extent(h) * extent(d), c10::SymInt(1)}, q.options());
 }
 
 // graphopt_cpp::attention itself, for operators that fall back to it.
