@@ -6,23 +6,28 @@ others are expanded to ATen by their meaning and fused by Inductor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from graphopt import _compat, ops, shapes, views
+from graphopt import _compat, capture, edit, ops, shapes, views
 from graphopt.backends.eager_arithmetic import write_as_eager
 from graphopt.backends.wide_products import widen
 from graphopt.capture import NEVER_DECOMPOSED, GraphInfo, undecomposed
 from graphopt.lowering import Choice, Lowered, choose, expand
 from graphopt.options import Options
+from graphopt.row_ops import EXTREMES, PRODUCTS, SUMS
 from graphopt.runtime import kv as kv  # what the cache operations do at call time
 from graphopt.runtime import kv_paged as kv_paged
 from graphopt.runtime import kv_quantized as kv_quantized
 from graphopt.runtime import prologue
 from graphopt.runtime.artifact import Artifact
+
+_REDUCTIONS = SUMS | PRODUCTS | EXTREMES
 
 
 def compile_graph(
@@ -39,6 +44,7 @@ def compile_graph(
     expand(graph_module, {**undecomposed(), ops.rope: _rope_in_one_loop})
     write_as_eager(graph_module)
     widen(graph_module)
+    _end_in_casts(graph_module)
     _hold_layouts(graph_module)
     graph_module.recompile()
     _compat.inductor_calls(*NEVER_DECOMPOSED)
@@ -62,6 +68,29 @@ def _rope_in_one_loop(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
     sign = torch.arange(-1, 2, 2, device=x.device).to(x.dtype)
     rotated: Tensor = pairs.flip(-1) * sign if interleaved else pairs.flip(-2) * sign[:, None]
     return x * cos + rotated.flatten(-2) * sin
+
+
+def _end_in_casts(graph_module: fx.GraphModule) -> None:
+    """Let reductions of two-byte numbers that a graph holds twice be of float32, and end in a cast.
+
+    They are outputs each (gradients of two biases that are added), else they would have been merged. Inductor's C++
+    reduces once and stores twice, and declares what it stores by one name both times: a compile error of torch 2.13.
+    """
+    equal: defaultdict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if node.target in _REDUCTIONS and value.is_floating_point() and value.itemsize == 2:
+            equal[f"{node.target} {node.args} {node.kwargs}"].append(node)
+    for node in (node for nodes in equal.values() if len(nodes) > 1 for node in nodes):
+        with edit.rewriting(graph_module, node) as rewrite:
+            target = cast(Callable[..., Tensor], node.target)
+            function = functools.partial(_reduced_in_float32, target, node.meta["val"].dtype)
+            rewrite.replace(node, rewrite.inline(function, *node.args, decompositions=capture.decompositions()))
+    edit.eliminate_dead_code(graph_module)
+
+
+def _reduced_in_float32(target: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *how: Any) -> Tensor:
+    return target(x.float(), *how).to(dtype)
 
 
 def _hold_layouts(graph_module: fx.GraphModule) -> None:

@@ -151,3 +151,31 @@ def test_rotation_makes_no_view_for_a_half() -> None:
     found, (code,) = run_and_get_code(function, x)
     torch.testing.assert_close(found, graphopt.ops.rope(x * 2, cos, sin))
     assert "reinterpret_tensor(buf" not in code and code.count("cpp_pybinding(") == 1
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_equal_gradients_of_two_parameters(dtype: torch.dtype) -> None:
+    """One reduction, stored twice: Inductor's C++ of torch 2.13 does not compile for two-byte numbers."""
+    x, y = torch.randn(40, 8).to(dtype), torch.randn(40, 8).to(dtype)
+    biases = [torch.randn(8).to(dtype).requires_grad_() for _ in range(2)]
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return x + a + (y + b)
+
+    compiled(function, strict=True)(*biases).sum().backward()
+    got = [bias.grad for bias in biases]
+    for bias in biases:
+        bias.grad = None
+    function(*biases).sum().backward()
+    torch.testing.assert_close(got, [bias.grad for bias in biases], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("reduce", (torch.sum, torch.amax, torch.amin, torch.mean), ids=lambda f: f.__name__)
+def test_equal_reductions_are_outputs_of_their_own(reduce: Callable[..., Tensor]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return reduce(x, 0), reduce(x, 0)
+
+    x = torch.randn(40, 16).bfloat16()
+    first, second = compiled(function, strict=True)(x)
+    torch.testing.assert_close((first, second), function(x))
+    assert first.data_ptr() != second.data_ptr()
