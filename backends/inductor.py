@@ -79,7 +79,7 @@ def _end_in_casts(graph_module: fx.GraphModule) -> None:
     equal: defaultdict[str, list[fx.Node]] = defaultdict(list)
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
-        if node.target in _REDUCTIONS and value.is_floating_point() and value.itemsize == 2:
+        if node.target in _REDUCTIONS and value.dtype in (torch.bfloat16, torch.float16) and value.device.type == "cpu":
             equal[f"{node.target} {node.args} {node.kwargs}"].append(node)
     for node in (node for nodes in equal.values() if len(nodes) > 1 for node in nodes):
         with edit.rewriting(graph_module, node) as rewrite:

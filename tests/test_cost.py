@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule
 
-from graphopt import cost
+from graphopt import _compat, cost
 from graphopt.passes.fuse.form_regions import form_regions
 from tests.backends.graphs import run
 
@@ -112,3 +114,17 @@ def test_devices() -> None:
     assert cost.device("cpu").bandwidth > 1e8 and cost.device("cpu") is cost.device("cpu")
     with pytest.raises(ValueError, match="unknown device 'TPU'"):
         cost.device("TPU")
+
+
+@pytest.mark.parametrize(("fast", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_slow_dtype_is_as_fast_as_float32(fast: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[torch.dtype] = []
+
+    def once(run: Any, seconds: float) -> float:
+        multiplied.append(run().dtype)
+        return 2.0
+
+    monkeypatch.setattr(_compat, "multiplies_fast", lambda dtype: fast or dtype.itemsize > 2)
+    monkeypatch.setattr(cost, "_shortest", once)
+    assert cost.product_rate(torch.bfloat16, 8, 1.0) == 8**3
+    assert multiplied == [wanted]

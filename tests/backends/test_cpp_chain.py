@@ -179,6 +179,7 @@ def test_any_steps_in_any_order(data: st.DataObject) -> None:
         ([(2, 8)], [], "sine v0; out v1", "no step 'sine'"),
         ([(2, 8)], [], "silu 3; out v1", "'silu' begins with a value"),
         ([(2, 8)], [], "silu vx; out v1", "no operand 'vx'"),
+        ([(2, 8)], [], "silu v-1; out v1", "no operand 'v-1'"),
         ([(2, 8)], [], "silu v4; out v1", "no value 4"),
         ([(2, 8)], [], "silu v0; out v0", "v0 is no result"),
         ([(2, 8), (2, 9)], [], "add v0 v1; out v2", "rows of 8 and of 9 elements"),

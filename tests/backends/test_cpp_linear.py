@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from graphopt import _compat
 from graphopt.backends.cpp import linear as lowering
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +60,19 @@ def test_by_way_of_float32(dtype: torch.dtype, sizes: tuple[int, int, int]) -> N
     x, weight, bias = operands(*sizes, dtype)
     check(kernels.wide_linear(x, weight, bias), x, weight, bias)
     check(kernels.wide_linear(x[:, ::2], weight[:, ::2], None), x[:, ::2], weight[:, ::2], None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_go_by_way_of_float32_where_torch_is_slow(dtype: torch.dtype) -> None:
+    x, weight, bias = operands(200, 40, 64, dtype)
+    with torch.profiler.profile() as profile:
+        out = kernels.linear(x, weight, bias)
+    check(out, x, weight, bias)
+    called = {event.name for event in profile.events()}
+    if not _compat.multiplies_fast(dtype):
+        assert "aten::linear" not in called and "aten::mm" in called
+    elif torch.ops.graphopt_cpp.isa() != "amx":
+        assert "aten::linear" in called
 
 
 @pytest.mark.parametrize("count", (3, 5))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from graphopt import _compat
 from graphopt.backends.cpp import quantized as lowering
 from graphopt.quantization import codecs, operations, schemes
 
@@ -89,6 +90,17 @@ def test_shared_out_among_threads_and_weights(isa: str, scheme: str, m: int) -> 
         check(out, x, pack, bias, scheme)
         assert torch.equal(out, kernels.quantized_linear(x, pack, bias, scheme))
     assert kernels.parallel_quantized_linear(x, [], [], scheme) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_become_float32_where_torch_is_slow(dtype: torch.dtype) -> None:
+    """Those of float16 always: sums of codes exceed it."""
+    x, packed, bias = operands(40, 32, 64, dtype, "int8-g64")
+    with torch.profiler.profile() as profile:
+        out = kernels.quantized_linear(x, packed, bias, "int8-g64")
+    check(out, x, packed, bias, "int8-g64")
+    widened = dtype == torch.float16 or not _compat.multiplies_fast(dtype)
+    assert ("aten::_to_copy" in {event.name for event in profile.events()}) == widened
 
 
 def test_more_rows_of_weight_than_are_written_out_at_a_time() -> None:

@@ -96,6 +96,23 @@ def test_what_is_fast_is_what_torch_says(dtype: torch.dtype) -> None:
     assert _compat.multiplies_fast(dtype) == (dtype not in asked or getattr(torch.ops.mkldnn, asked[dtype])())
 
 
+def test_graphs_for_inductor_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.fx.GraphModule] = []
+    compile_graph = _compat.inductor_compile
+
+    def watched(graph_module: torch.fx.GraphModule, *args: Any, **options: Any) -> Any:
+        seen.append(graph_module)
+        return compile_graph(graph_module, *args, **options)
+
+    monkeypatch.setattr(_compat, "multiplies_fast", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(_compat, "inductor_compile", watched)
+    a, b = torch.randn(5, 33).bfloat16(), torch.randn(33, 7).bfloat16()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compile(torch.mm, backend="graphopt", options={"strict": True})(a, b)
+    (product,) = (node for graph in seen for node in graph.graph.nodes if node.target is aten.mm.default)
+    assert product.meta["val"].dtype is torch.float32
+
+
 @DTYPES
 def test_a_training_step(dtype: torch.dtype) -> None:
     """Whichever way products go on this machine."""

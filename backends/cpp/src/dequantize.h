@@ -108,6 +108,7 @@ void dense_range(Dtype out, const QuantizedTask& task, PackedRows rows, int64_t 
   const PackedX<Dense> packed(rows.data, rows.m, rows.k);
   uint16_t* numbers = packed.end(rows.m);
   const Dense reader(task.kind);
+  const RowParameters parameters(task);  // numbers have none
   for (int64_t first = begin; first < end; first += outputs_at_once) {
     const int64_t count = smaller(outputs_at_once, end - first), ld = dense_ld(task.k);
     dequantize<Bf16>(task, false, numbers, ld, first, first + count);
@@ -116,7 +117,7 @@ void dense_range(Dtype out, const QuantizedTask& task, PackedRows rows, int64_t 
     const Ahead ahead = Ahead::of(dense.row_bytes, dense.row_bytes, 1);
     for (int64_t i = 0; i < count; i += 4)
       for (int64_t m = 0; m < rows.m; m += 4)
-        quantized_block<Dense, false, 4, 4>(dense, reader, RowParameters(task), packed, i, smaller(m, rows.m - 4), i, ahead);
+        quantized_block<Dense, false, 4, 4>(dense, reader, parameters, packed, i, smaller(m, rows.m - 4), i, ahead);
     store_totals_of(out, task, packed, rows.m, first, count);
   }
 }

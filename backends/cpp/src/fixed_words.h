@@ -1,9 +1,9 @@
 // Fixed-point rows by products of 16-bit and 8-bit numbers (AVX2), of which an instruction makes two or four times as many
 // as of floats.
 //
-// Each 64 elements of x become X = round(x / max|x| * largest) of 16 bits under a factor of their own, which loses at most
-// 2^-16 of the largest of them. Codes of 8 bits meet X as words. Nibbles meet its two digits of 8 bits, X = 256 high + low,
-// and count from 0 there: what that adds is known of X and taken off. The sums that meet in a lane are exact.
+// Each 64 elements of x become X = round(x / max|x| * largest) of 16 bits under a factor of their own. Codes of 8 bits
+// meet X as words. Nibbles meet its two digits of 8 bits, X = 256 high + low, and count from 0 there: what that adds is
+// known of X and taken off. The sums that meet in a lane are exact.
 #pragma once
 
 #include "quantized.h"
@@ -79,7 +79,7 @@ struct FixedWords {
       for (int i = 0; i < lanes; ++i) largest = most[i] > largest ? most[i] : largest;
       const float sum_of_sizes = sum(total);
       if (!(largest == 0 ? sum_of_sizes == 0 : largest > 0x1p-90f && sum_of_sizes < 0x1p120f)) return false;  // NaN too
-      lost += 64 * largest * 0x1p-16f, all += sum_of_sizes - largest;
+      lost += 64 * largest * (0.5f / largest_word), all += sum_of_sizes - largest;
       const float factor = largest == 0 ? 0 : largest_word / largest;
       __m256i words[4];
       for (int i = 0; i < 4; ++i) {

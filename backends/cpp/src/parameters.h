@@ -1,7 +1,6 @@
 // Scales and offsets of packed weights: brought to float once for each row, one of each for every run of columns.
 //
-// They lie in one of a few forms. Which one is found once for a weight: a row has few numbers, and to ask for each of them
-// took half the time of a decode step with int4.
+// They lie in one of a few forms. Which one is found once for many, not for each number.
 #pragma once
 
 #include "codes.h"
