@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from graphopt.backends import cpp, inductor
-from graphopt.backends.cpp import chain, experts, sources
+from graphopt.backends.cpp import chain, experts, heads, sources
 from graphopt.capture import GraphInfo
 from graphopt.lowering import Lowered, choose
 from graphopt.options import Options
@@ -23,6 +23,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
     """The graph as an Inductor artifact that calls the kernels; without a compiler, Inductor alone (reported)."""
     choices = choose(graph_module, cpp.lowerings())
     if info.kind == "inference" and not cpp.unavailable_reason():
+        heads.write_as_rows(graph_module)
         choices += [*experts.choose(graph_module), *chain.form(graph_module)]
     lowered = inductor.compile_graph(graph_module, inputs, info, options, choices)
     lowered.kernels = sources.used(lowered.choices)

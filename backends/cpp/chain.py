@@ -1,50 +1,24 @@
 """Chains: in a decode step, linears and what lies between them as one call of `torch.ops.graphopt_cpp.chain`.
 
-Between two attentions a decoder computes o_proj, residual, norm, gate and up, their product, down, residual, norm and
-qkv: on a few rows each takes microseconds, and so do a call from Python, waking threads and filling buffers. A chain is
-one call and one parallel region, whose threads wait for each other only behind linears. Every step rounds to the dtype
-of the rows, as eager's tensors do. The text of the steps is explained in src/chain_op.h.
+A decoder computes norms, linears, attention, residuals and activations one behind the other: on a few rows each takes
+microseconds, and so do a call from Python, waking threads and filling buffers. A chain is one call and one parallel
+region, whose threads wait for each other only behind linears and attentions. Every step rounds to the dtype of the
+rows, as eager's tensors do. The text of the steps is explained in src/chain_text.h.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphopt import edit, ops
-from graphopt.backends.cpp.operands import DTYPES
-from graphopt.lowering import Choice, arguments
+from graphopt import edit
+from graphopt.backends.cpp.chain_steps import Operand, Step, line_of, step_of
+from graphopt.lowering import Choice
 
 aten = torch.ops.aten
-ROWS = 16
-"""The most rows that the kernels take as a decode step (src/kernels.h)."""
-
-Word = fx.Node | float | None
-"""An operand of a step: rows or a weight, a number, or nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A node as a step: its name (of a linear: "linear SCHEME"), rows, and what follows them in the text.
-
-    For a linear `weights` has the tensors of each weight and its bias.
-    """
-
-    name: str
-    x: fx.Node
-    words: tuple[Word, ...] = ()
-    weights: tuple[tuple[tuple[fx.Node, ...], fx.Node | None], ...] = ()
-
-    @property
-    def is_linear(self) -> bool:
-        return bool(self.weights)
+kernels = torch.ops.graphopt_cpp
 
 
 def form(graph_module: fx.GraphModule) -> list[Choice]:
@@ -90,8 +64,7 @@ class _Chain:
             x = step.x.meta["val"]
             if x.shape[:-1] != first.shape[:-1] or x.dtype != first.dtype:
                 return False
-        reads = [word for word in (step.x, *step.words) if isinstance(word, fx.Node)]
-        return step.is_linear or any(self._has(node) for node in reads) or _feeds_a_linear(node)
+        return step.is_linear or any(map(self._has, step.operands("v"))) or _feeds_a_linear(node)
 
     def _has(self, node: fx.Node) -> bool:
         return node in self.steps or node in self.picks
@@ -101,16 +74,22 @@ class _Chain:
 
     def emit(self, graph_module: fx.GraphModule, anchor: fx.Node) -> list[Choice]:
         """One call before the anchor for all steps, if there is something to gain."""
-        if len(self.steps) < 2 or not any(step.is_linear for step in self.steps.values()):
+        written = any(step.operands("r") for step in self.steps.values())
+        if not written and (len(self.steps) < 2 or not any(step.is_linear for step in self.steps.values())):
             return []
         text = _Text(self.steps)
         values = {pick: text.value(pick) for pick in (*self.steps, *self.picks) if isinstance(pick.meta["val"], Tensor)}
         shown = [node for node in values if any(not self._has(user) for user in node.users)]
         steps = "; ".join([*text.lines, "out " + " ".join(values[node] for node in shown)])
         with edit.rewriting(graph_module, anchor) as rewrite:
-            made = rewrite.call(torch.ops.graphopt_cpp.chain.default, text.inputs, text.weights, steps)
-            for place, node in enumerate(shown):
-                rewrite.replace(node, rewrite.call(operator.getitem, made, place))
+            if written:
+                results = [_memory_for(rewrite, node) for node in shown]
+                made = rewrite.call(kernels.chain_into.default, text.inputs, text.weights, text.rooms, results, steps)
+            else:
+                made = rewrite.call(kernels.chain.default, text.inputs, text.weights, [], steps)
+                results = [rewrite.call(operator.getitem, made, place) for place in range(len(shown))]
+            for node, result in zip(shown, results, strict=True):
+                rewrite.replace(node, result)
         if not rewrite.applied:
             return []
         for node in sorted((*self.steps, *self.picks), reverse=True):
@@ -119,20 +98,21 @@ class _Chain:
 
 
 class _Text:
-    """The steps as lines, with the inputs and weights that their words number."""
+    """The steps as lines, with the inputs, weights and rooms that their words number."""
 
     def __init__(self, steps: dict[fx.Node, Step]) -> None:
-        made = set(steps)
-        reads = [word for step in steps.values() for word in (step.x, *step.words) if isinstance(word, fx.Node)]
-        self.inputs = list(dict.fromkeys(node for node in reads if _maker(node) not in made and _is_rows(node)))
+        reads = [node for step in steps.values() for node in step.operands("v")]
+        self.inputs = list(dict.fromkeys(node for node in reads if _maker(node) not in steps))
         self.weights: list[fx.Node] = []
+        self.rooms: list[fx.Node] = []
+        self._places: dict[Operand, int] = {}
         self._values = {node: number for number, node in enumerate(self.inputs)}
         self.lines = []
         count = len(self.inputs)
         for node, step in steps.items():
-            self.lines.append(self._line(step))
+            self.lines.append(line_of(step, self._word))
             self._values[node] = count
-            count += max(1, len(step.weights))
+            count += step.results
 
     def value(self, node: fx.Node) -> str:
         """The word of rows: an input, or a result of a step."""
@@ -142,138 +122,19 @@ class _Text:
         assert isinstance(maker, fx.Node) and isinstance(place, int)
         return f"v{self._values[maker] + place}"
 
-    def _line(self, step: Step) -> str:
-        words = [self._word(word) for word in step.words]
-        for parts, bias in step.weights:
-            words += [self._weight(parts), "-" if bias is None else self._weight((bias,))]
-        return " ".join([step.name, self.value(step.x), *words])
-
-    def _word(self, word: Word) -> str:
-        if word is None:
-            return "-"
-        if not isinstance(word, fx.Node):
-            return repr(float(word))
-        return self.value(word) if _is_rows(word) else self._weight((word,))
-
-    def _weight(self, parts: tuple[fx.Node, ...]) -> str:
-        self.weights += parts
-        return f"w{len(self.weights) - len(parts)}"
+    def _word(self, operand: Operand) -> str:
+        if operand.kind == "v":
+            return self.value(operand.nodes[0])
+        listed = self.weights if operand.kind == "w" else self.rooms
+        if operand not in self._places:
+            self._places[operand] = len(listed)
+            listed += operand.nodes
+        return f"{operand.kind}{self._places[operand]}"
 
 
-def step_of(node: fx.Node) -> Step | None:
-    """The node as a step of a chain, or None."""
-    make = _makers().get(node.target)
-    step = make(node) if make else None
-    if step is None or not _is_rows(step.x):
-        return None
-    x = step.x.meta["val"]
-    operands = [word.meta["val"] for word in step.words if isinstance(word, fx.Node)]
-    results = _results(node)
-    if not all(isinstance(value, Tensor) and value.is_contiguous() for value in [*operands, *results]):
-        return None
-    fits = all(value.dtype == x.dtype and value.shape in (x.shape, x.shape[-1:]) for value in operands)
-    return step if fits and all(value.shape[-1] > 0 for value in results) else None
-
-
-def _results(node: fx.Node) -> list[Any]:
-    """The values that a node gives as a step."""
+def _memory_for(rewrite: edit.Rewrite, node: fx.Node) -> fx.Node:
     value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return [value]
-    return list(value[:1]) if node.target is aten.native_layer_norm.default else list(value)
-
-
-def _linear(node: fx.Node) -> Step | None:
-    given = arguments(node)
-    weights = given["weights"] if "weights" in given else [given["weight"]]
-    biases = given["biases"] if "biases" in given else [given["bias"]]
-    dense = all(bias is None or bias.meta["val"].is_contiguous() for bias in biases)
-    if not dense or not all(_has_rows_apart(weight.meta["val"]) for weight in weights):
-        return None
-    return Step("linear plain", given["x"], weights=tuple(((w,), b) for w, b in zip(weights, biases, strict=True)))
-
-
-def _has_rows_apart(weight: Tensor) -> bool:
-    """Not those of an expanded or overlapping weight, which torch multiplies."""
-    return weight.is_contiguous() or bool(weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1])
-
-
-def _quantized_linear(node: fx.Node) -> Step:
-    given = arguments(node)
-    packed, biases = given["packed"], given["biases"] if "biases" in given else [given["bias"]]
-    count = len(packed) // len(biases)
-    weights = [(tuple(packed[i * count : (i + 1) * count]), bias) for i, bias in enumerate(biases)]
-    return Step(f"linear {given['scheme']}", given["x"], weights=tuple(weights))
-
-
-def _binary(name: str) -> Callable[[fx.Node], Step | None]:
-    def make(node: fx.Node) -> Step | None:
-        given = arguments(node)
-        a, b = given["self"], given["other"]
-        if given.get("alpha", 1) != 1:
-            return None
-        if isinstance(b, fx.Node) and isinstance(a, fx.Node):
-            a, b = (a, b) if _is_rows(a) else (b, a)
-        known = isinstance(a, fx.Node) and (isinstance(b, fx.Node) or isinstance(b, (int, float)))
-        return Step(name, a, (b,)) if known else None
-
-    return make
-
-
-def _unary(name: str) -> Callable[[fx.Node], Step]:
-    return lambda node: Step(name, arguments(node)["self"])
-
-
-def _gelu(node: fx.Node) -> Step:
-    given = arguments(node)
-    return Step("gelu_tanh" if given["approximate"] == "tanh" else "gelu", given["self"])
-
-
-def _power(node: fx.Node) -> Step | None:
-    given = arguments(node)
-    return Step("cube", given["self"]) if given["exponent"] == 3 else None
-
-
-def _rms_norm(node: fx.Node) -> Step:
-    given = arguments(node)
-    words = (given["weight"], given["eps"], given["weight_offset"], given["cast_first"])
-    return Step("rms_norm", given["x"], words)
-
-
-def _layer_norm(node: fx.Node) -> Step | None:
-    given = arguments(node)
-    if len(given["normalized_shape"]) != 1 or any(user.args[1] != 0 for user in node.users):
-        return None
-    return Step("layer_norm", given["input"], (given["weight"], given["bias"], given["eps"]))
-
-
-@functools.cache
-def _makers() -> dict[Any, Callable[[fx.Node], Step | None]]:
-    kernels = torch.ops.graphopt_cpp
-    return {
-        kernels.linear.default: _linear,
-        kernels.parallel_linear.default: _linear,
-        kernels.quantized_linear.default: _quantized_linear,
-        kernels.parallel_quantized_linear.default: _quantized_linear,
-        ops.rms_norm: _rms_norm,
-        aten.native_layer_norm.default: _layer_norm,
-        aten.add.Tensor: _binary("add"),
-        aten.mul.Tensor: _binary("mul"),
-        aten.pow.Tensor_Scalar: _power,
-        aten.relu.default: _unary("relu"),
-        aten.tanh.default: _unary("tanh"),
-        aten.silu.default: _unary("silu"),
-        aten.gelu.default: _gelu,
-    }
-
-
-def _is_rows(node: fx.Node) -> bool:
-    """Whether the node's value is a few rows, of sizes known now."""
-    value = node.meta["val"]
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype not in DTYPES or value.device.type != "cpu":
-        return False
-    known = value.layout == torch.strided and all(isinstance(size, int) for size in value.shape)
-    return known and 0 < math.prod(value.shape[:-1]) <= ROWS and value.shape[-1] > 0
+    return rewrite.call(aten.empty.memory_format, list(value.shape), dtype=value.dtype, device=value.device)
 
 
 def _maker(node: fx.Node) -> object:

@@ -66,7 +66,7 @@ def test_every_step_of_rows(isa: str, threads: int, step: str, dtype: torch.dtyp
     for m in (1, 3, 16):
         for n in (1, 7, 16, 33, 100, 576):
             x, y, row = (torch.randn(size).mul(3).to(dtype) for size in ((m, n), (m, n), (n,)))
-            got = kernels.chain([x, y], [row, row], f"{step}; out v2")
+            got = kernels.chain([x, y], [row, row], [], f"{step}; out v2")
             check(got[0], STEPS[step](x, y, row))
 
 
@@ -75,14 +75,14 @@ def test_every_step_of_rows(isa: str, threads: int, step: str, dtype: torch.dtyp
 def test_functions_far_out_and_near_zero(isa: str, step: str, dtype: torch.dtype) -> None:
     far = [0.0, -0.0, 1e-6, -1e-6, 1e-3, 0.24, 0.26, 5.0, -5.0, 30.0, -30.0, 88.5, -88.5, 1e4, -1e4, float("nan")]
     x = torch.tensor([far], dtype=dtype)
-    (got,) = kernels.chain([x], [], f"{step}; out v1")
+    (got,) = kernels.chain([x], [], [], f"{step}; out v1")
     want = STEPS[step](x, x, x)
     torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=4e-7, equal_nan=True)
 
 
 def test_a_mean_far_from_zero_leaves_the_spread(isa: str) -> None:
     x = torch.randn(2, 37) * 1e-2 + 100
-    (got,) = kernels.chain([x], [], "layer_norm v0 - - 1e-05; out v1")
+    (got,) = kernels.chain([x], [], [], "layer_norm v0 - - 1e-05; out v1")
     want = F.layer_norm(x.double(), (37,), None, None, 1e-5).float()
     assert (got - want).abs().max() < 2e-2  # one unit in the last place of 100 is 7.6e-6, which the spread makes 1e-3
 
@@ -114,10 +114,10 @@ def test_a_block_equals_its_operators(isa: str, threads: int, scheme: str, dtype
         "linear S v0 w{} -; add v1 v2; rms_norm v3 w{} 1e-06 0.0 1.0; linear S v4 w{} - w{} -; silu v5; mul v7 v6;"
         " linear S v8 w{} w{}; add v3 v9; linear S v10 w{} -; out v3 v10 v11"
     ).format(*places)
-    got = kernels.chain([x, before], [*o, norm, *gate, *up, *down, bias, *q], text.replace("S", scheme))
+    got = kernels.chain([x, before], [*o, norm, *gate, *up, *down, bias, *q], [], text.replace("S", scheme))
     middle = multiplied(scheme, x, o, None) + before
-    (normed,) = kernels.chain([middle], [norm], "rms_norm v0 w0 1e-06 0.0 1.0; out v1")
-    (act,) = kernels.chain([multiplied(scheme, normed, gate, None)], [], "silu v0; out v1")
+    (normed,) = kernels.chain([middle], [norm], [], "rms_norm v0 w0 1e-06 0.0 1.0; out v1")
+    (act,) = kernels.chain([multiplied(scheme, normed, gate, None)], [], [], "silu v0; out v1")
     last = middle + multiplied(scheme, act * multiplied(scheme, normed, up, None), down, bias)
     for mine, theirs in zip(got, (middle, last, multiplied(scheme, last, q, None)), strict=True):
         assert torch.equal(mine, theirs)
@@ -132,10 +132,10 @@ def test_threads_wait_for_each_other_behind_linears(isa: str, count: int) -> Non
     text = "; ".join([*steps, f"out v{2 * len(weights)}"])
     try:
         torch.set_num_threads(1)
-        (alone,) = kernels.chain([x], weights, text)
+        (alone,) = kernels.chain([x], weights, [], text)
         torch.set_num_threads(count)
         for _ in range(600):
-            assert torch.equal(kernels.chain([x], weights, text)[0], alone)
+            assert torch.equal(kernels.chain([x], weights, [], text)[0], alone)
     finally:
         torch.set_num_threads(before)
 
@@ -160,12 +160,12 @@ def test_any_steps_in_any_order(data: st.DataObject) -> None:
         a, b = (data.draw(st.integers(0, number)) for _ in range(2))
         step = data.draw(st.sampled_from(RANDOM))
         lines.append(step.format(a=a, b=b))
-        values += kernels.chain([values[a], values[b]], weights, f"{step.format(a=0, b=1)}; out v2")
+        values += kernels.chain([values[a], values[b]], weights, [], f"{step.format(a=0, b=1)}; out v2")
     shown = " ".join(f"v{number}" for number in range(1, len(values)))
     before = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.integers(1, 5)))
     try:
-        got = kernels.chain(values[:1], weights, "; ".join([*lines, f"out {shown}"]))
+        got = kernels.chain(values[:1], weights, [], "; ".join([*lines, f"out {shown}"]))
     finally:
         torch.set_num_threads(before)
     for mine, want in zip(got, values[1:], strict=True):
@@ -192,15 +192,15 @@ def test_any_steps_in_any_order(data: st.DataObject) -> None:
 )
 def test_what_is_wrong_is_said(values: Any, weights: Any, text: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        kernels.chain([torch.ones(size) for size in values], [torch.ones(size) for size in weights], text)
+        kernels.chain([torch.ones(size) for size in values], [torch.ones(size) for size in weights], [], text)
 
 
 def test_fake_results_are_like_real_ones() -> None:
     text = "rms_norm v0 - 1e-06 0.0 1.0; linear int4-g32 v1 w0 - w3 -; out v1 v3 v2"
     x, parts = torch.randn(2, 1, 64), packed("int4-g32", torch.randn(5, 64)) + packed("int4-g32", torch.randn(7, 64))
-    real = kernels.chain([x], parts, text)
+    real = kernels.chain([x], parts, [], text)
     with FakeTensorMode() as mode:
-        fake = kernels.chain([mode.from_tensor(x)], [mode.from_tensor(part) for part in parts], text)
+        fake = kernels.chain([mode.from_tensor(x)], [mode.from_tensor(part) for part in parts], [], text)
     assert [(t.shape, t.stride(), t.dtype) for t in fake] == [(t.shape, t.stride(), t.dtype) for t in real]
 
 

@@ -103,6 +103,8 @@ struct Argument<at::ScalarType> {
   }
 };
 
+struct Nothing {};
+inline PyObject* as_python(Nothing) { return Py_NewRef(Py_None); }
 inline PyObject* as_python(bool answer) { return PyBool_FromLong(answer); }
 inline PyObject* as_python(at::Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
 inline PyObject* as_python(std::vector<at::Tensor> tensors) {
@@ -148,7 +150,10 @@ PyObject* called(Result (*function)(Parameters...), PyObject* const* objects, st
     auto result = [&] {
       const Unlocked unlocked;
       const at::AutoDispatchBelowADInplaceOrView plain;
-      return function(std::get<i>(arguments).value...);
+      if constexpr (std::is_void_v<Result>)
+        return function(std::get<i>(arguments).value...), Nothing{};
+      else
+        return function(std::get<i>(arguments).value...);
     }();
     return as_python(std::move(result));
   });

@@ -31,15 +31,17 @@ struct PackedRows {
 
 // A step on m rows of n dense elements, and its dense result. b, dense: an operand of a's rows, or with ldb 0 one row for
 // all; where null, `number` takes its place. Norms: b and c are weight and bias or null, number is their eps; what offset
-// and cast_first mean says graphopt::rms_norm.
-enum class RowOp : int { add, mul, cube, relu, tanh, silu, gelu, gelu_tanh, rms_norm, layer_norm };
+// and cast_first mean says graphopt::rms_norm. rope: heads of `width` elements turn by cos (b) and sin (c), of which there are
+// `period` rows for the rows of a in turn.
+enum class RowOp : int { add, mul, cube, relu, tanh, silu, gelu, gelu_tanh, rms_norm, layer_norm, rope };
 struct RowTask {
   RowOp op;
   const void *a, *b, *c;
   void* out;
   int64_t m, n, lda, ldb;
   float number, offset;
-  bool cast_first;
+  bool cast_first, interleaved;
+  int64_t width, period;
 };
 
 // Memory of one attention call; strides in elements, the last dimension of q, k, v and out is dense.

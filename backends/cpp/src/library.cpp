@@ -64,6 +64,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* graphopt_direct() {
       direct<parallel_quantized_linear>("parallel_quantized_linear"),
       direct<quantized_embedding_cpu>("quantized_embedding"),
       direct<chain_cpu>("chain"),
+      direct<chain_into_cpu>("chain_into"),
       direct<attention_cpu>("attention"),
       direct<quantized_cache::attention_quantized_cpu>("attention_quantized"),
       direct<paged_cache::attention_paged_cpu>("attention_paged"),

@@ -131,6 +131,47 @@ void layer_norm(const RowTask& task) {
   }
 }
 
+// Rounded behind each product and the sum, as eager's tensors are.
+template <class S>
+INLINE F turned(F x, F cos, F other, F sin) { return rounded<S>(x * cos) + rounded<S>(other * sin); }
+
+template <class S>
+void rope_halves(const typename S::T* x, const typename S::T* cos, const typename S::T* sin, int64_t half, typename S::T* out) {
+  for_steps<S>(half, [&](int64_t i, int64_t count) INLINE_LAMBDA {
+    const auto a = elements<S>(x + i, count), b = elements<S>(x + half + i, count);
+    const auto cos_a = elements<S>(cos + i, count), cos_b = elements<S>(cos + half + i, count);
+    const auto sin_a = elements<S>(sin + i, count), sin_b = elements<S>(sin + half + i, count);
+    typename S::Pair first, second;
+    for (int h = 0; h < 2; ++h) {
+      first.v[h] = turned<S>(a.v[h], cos_a.v[h], -b.v[h], sin_a.v[h]);
+      second.v[h] = turned<S>(b.v[h], cos_b.v[h], a.v[h], sin_b.v[h]);
+    }
+    put_elements<S>(out + i, first, count), put_elements<S>(out + half + i, second, count);
+  });
+}
+
+template <class S>
+void rope_pairs(const typename S::T* x, const typename S::T* cos, const typename S::T* sin, int64_t width, typename S::T* out) {
+  auto one = [&](int64_t i, int64_t other, float sign) {
+    const F sum = turned<S>(splat(S::to_float(x[i])), splat(S::to_float(cos[i])), splat(sign * S::to_float(x[other])), splat(S::to_float(sin[i])));
+    out[i] = S::from_float(sum[0]);
+  };
+  for (int64_t i = 0; i < width; i += 2) one(i, i + 1, -1.0f), one(i + 1, i, 1.0f);
+}
+
+template <class S>
+void rope(const RowTask& task) {
+  using T = typename S::T;
+  for (int64_t m = 0; m < task.m; ++m) {
+    const T *cos = static_cast<const T*>(task.b) + m % task.period * task.width, *sin = static_cast<const T*>(task.c) + m % task.period * task.width;
+    for (int64_t i = 0; i < task.n; i += task.width) {
+      const T* x = static_cast<const T*>(task.a) + m * task.lda + i;
+      T* out = static_cast<T*>(task.out) + m * task.n + i;
+      task.interleaved ? rope_pairs<S>(x, cos, sin, task.width, out) : rope_halves<S>(x, cos, sin, task.width / 2, out);
+    }
+  }
+}
+
 template <class S>
 void row_step_as(const RowTask& task) {
   const F half = splat(0.5f);
@@ -146,6 +187,7 @@ void row_step_as(const RowTask& task) {
       return by_element<S>(task, [&](F a, F) INLINE_LAMBDA { return half * a * (1.0f + tanh_of(0x1.988454p-1f * (a + 0x1.6e4e26p-5f * a * a * a))); });
     case RowOp::rms_norm: return rms_norm<S>(task);
     case RowOp::layer_norm: return layer_norm<S>(task);
+    case RowOp::rope: return rope<S>(task);
   }
 }
 
