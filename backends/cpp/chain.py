@@ -9,6 +9,7 @@ rows, as eager's tensors do. The text of the steps is explained in src/chain_tex
 from __future__ import annotations
 
 import operator
+from collections import Counter
 
 import torch
 from torch import Tensor, fx
@@ -94,7 +95,7 @@ class _Chain:
             return []
         for node in sorted((*self.steps, *self.picks), reverse=True):
             graph_module.graph.erase_node(node)
-        return [Choice(made.name, steps, "cpp.chain")]
+        return [Choice(made.name, _summary(list(self.steps.values())), "cpp.chain")]
 
 
 class _Text:
@@ -130,6 +131,12 @@ class _Text:
             self._places[operand] = len(listed)
             listed += operand.nodes
         return f"{operand.kind}{self._places[operand]}"
+
+
+def _summary(steps: list[Step]) -> str:
+    """The steps counted, the commonest first."""
+    counted = Counter(step.name.split()[0] for step in steps)
+    return "a chain of " + ", ".join(f"{count} {name}" for name, count in counted.most_common())
 
 
 def _memory_for(rewrite: edit.Rewrite, node: fx.Node) -> fx.Node:
