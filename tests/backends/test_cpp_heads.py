@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +116,21 @@ def test_attention_over_rooms(data: st.DataObject) -> None:
         torch.set_num_threads(before)
     assert all(map(torch.equal, written, stored))
     torch.testing.assert_close(got, want.transpose(1, 2).flatten(2), rtol=0, atol=0, equal_nan=True)
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """A limit of OpenMP's, or a caller that is a parallel region itself: what falls to threads that do not come is done."""
+    program = (
+        "import torch; from graphopt.backends import cpp; assert not cpp.unavailable_reason(); torch.set_num_threads(4)\n"
+        "rows, rooms = [torch.randn(1, 128) for _ in range(3)], [torch.randn(1, 2, 900, 64) for _ in range(2)]\n"
+        "call = torch.ops.graphopt_cpp\n"
+        "got = call.chain(rows, [], rooms, 'attend v0 v1 v2 r0 r1 - 0.1 0 0 0; out v3')[0]\n"
+        "q = rows[0].view(1, 1, 2, 64).transpose(1, 2)\n"
+        "print(torch.equal(got, call.attention(q, *rooms, None, False, 0.1, 0.0, 0).flatten()[None]))"
+    )
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=limited, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

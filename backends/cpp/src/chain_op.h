@@ -61,20 +61,20 @@ class Chain {
   }
 
   std::vector<Tensor> run() {
-    threads_ = std::max(plain_.threads(dtype_), quantized_.threads(dtype_));
-    for (const Attend& attend : attends_) threads_ = std::max(threads_, attend.threads());
-    size_t work_bytes = std::max(plain_.prepare(dtype_, m_, threads_), quantized_.prepare(dtype_, m_, threads_));
+    int64_t threads = std::max(plain_.threads(dtype_), quantized_.threads(dtype_));
+    for (const Attend& attend : attends_) threads = std::max(threads, attend.threads());
+    size_t work_bytes = std::max(plain_.prepare(dtype_, m_, threads), quantized_.prepare(dtype_, m_, threads));
     for (const Attend& attend : attends_) work_bytes = std::max(work_bytes, attend.scratch_bytes());
     const size_t own_bytes = own_.bytes() + Places::aligned(work_bytes);
-    char* memory = static_cast<char*>(scratch(Scratch::per_call, shared_.bytes() + threads_ * own_bytes));
+    char* memory = static_cast<char*>(scratch(Scratch::per_call, shared_.bytes() + threads * own_bytes));
     for (Value& value : values_)
       if (!value.shared && !value.row_step) value.shared = memory + value.place;
     set_outs(memory);
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(threads)
     {
       const int64_t thread = omp_get_thread_num();
       char* own = memory + shared_.bytes() + thread * own_bytes;
-      run_thread(thread, own, own + own_.bytes());
+      run_thread(thread, omp_get_num_threads(), own, own + own_.bytes());
     }
     return std::move(outs_);
   }
@@ -243,7 +243,8 @@ class Chain {
       }
   }
 
-  void run_thread(int64_t thread, char* own, void* work_memory) {
+  // threads: as many as came, which may be fewer than were asked for.
+  void run_thread(int64_t thread, int64_t threads, char* own, void* work_memory) {
     auto memory_of = [&](const Value& value) -> void* { return value.shared && (!value.row_step || thread == 0) ? value.shared : own + value.place; };
     size_t next = rows_.size(), plain = 0, quantized = 0, attend = 0;
     for (const Step& step : steps_.all) {
@@ -253,10 +254,10 @@ class Chain {
       } else if (step.kind == Step::attend) {
         const Attend& task = attends_[attend++];
         auto rows = [&](size_t i) { return memory_of(values_[step.operands[i].index]); };
-        task.run(thread, rows(0), rows(1), rows(2), work_memory);
+        for (int64_t part = thread; part < task.threads(); part += threads) task.run(part, rows(0), rows(1), rows(2), work_memory);
         if (task.merges()) {
 #pragma omp barrier
-          task.merge(thread, threads_);
+          task.merge(thread, threads);
         }
 #pragma omp barrier
       } else {
@@ -308,7 +309,7 @@ class Chain {
   const Tensor& like_;
   std::vector<Tensor> outs_;
   Dtype dtype_{};
-  int64_t m_ = 0, threads_ = 1;
+  int64_t m_ = 0;
   c10::SmallVector<Tensor, 4> rows_;
   c10::SmallVector<Value, 24> values_;
   Places shared_, own_;
