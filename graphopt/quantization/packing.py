@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from graphopt.errors import WeightsReleasedError
 from graphopt.quantization import operations, release
 from graphopt.runtime import packs, prologue
+
+_AT_ONCE = 1 << 22
+"""Elements of a weight that are packed at a time."""
 
 
 @prologue.call_time(operations.quantize_weight, packs_weights=True)
@@ -20,10 +24,17 @@ def pack_weight(
             f"a weight of shape {tuple(weight.shape)} was released and has no pack as {scheme!r}: compile with the"
             " options that were in force when it was released, or load the weights again"
         )
-    packed: list[Tensor] = operations.quantize_weight(
-        weight.detach(), scheme, scale, transposed=transposed, rounding=rounding
-    )
-    return packed
+    weight = weight.detach()
+    if rounding:
+        packed: list[Tensor] = operations.quantize_weight(
+            weight, scheme, scale, transposed=transposed, rounding=rounding
+        )
+        return packed
+    # Rows are packed by themselves. What is computed on the way is several times as large as a weight in float32.
+    rows = (weight.mT if transposed else weight).flatten(0, -2)
+    several = rows.split(max(1, _AT_ONCE // max(1, rows.shape[1])))
+    parts = [operations.quantize_weight(some, scheme, scale) for some in several]
+    return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 @prologue.call_time(operations.input_scales, packs_weights=True)

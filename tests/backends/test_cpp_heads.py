@@ -119,9 +119,10 @@ def test_attention_over_rooms(data: st.DataObject) -> None:
 
 
 def test_fewer_threads_than_asked_for() -> None:
-    """A limit of OpenMP's, or a caller that is a parallel region itself: what falls to threads that do not come is done."""
+    """A limit of OpenMP's, or a caller that is a parallel region: what falls to threads that do not come is done."""
     program = (
-        "import torch; from graphopt.backends import cpp; assert not cpp.unavailable_reason(); torch.set_num_threads(4)\n"
+        "import torch; from graphopt.backends import cpp\n"
+        "assert not cpp.unavailable_reason(); torch.set_num_threads(4)\n"
         "rows, rooms = [torch.randn(1, 128) for _ in range(3)], [torch.randn(1, 2, 900, 64) for _ in range(2)]\n"
         "call = torch.ops.graphopt_cpp\n"
         "got = call.chain(rows, [], rooms, 'attend v0 v1 v2 r0 r1 - 0.1 0 0 0; out v3')[0]\n"
