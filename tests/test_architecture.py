@@ -21,6 +21,7 @@ LAYERS = (
         "graphopt.program",
         "graphopt.shapes",
         "graphopt.views",
+        "graphopt.index_arithmetic",
         "graphopt.index_map",
         "graphopt.index_inverse",
         "graphopt.row_ops",
