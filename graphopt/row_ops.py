@@ -46,7 +46,8 @@ ELEMENTWISE: frozenset[Any] = frozenset(
         "special_modified_bessel_i0 special_modified_bessel_i1 i0 special_i1 addcmul addcdiv clamp copy", "default")
     | {prims.bitwise_and.default, prims.bitwise_or.default, prims.bitwise_xor.default}
     | {prims.div.default, prims.convert_element_type.default, aten._to_copy.default, aten.div.Tensor_mode,
-       aten.div.Scalar_mode, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.clamp.Tensor}
+       aten.div.Scalar_mode, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.clamp.Tensor,
+       aten.__lshift__.Scalar, aten.__rshift__.Scalar, aten.view.dtype}
 )
 """The value at an index needs the operands at that index alone."""
 
@@ -126,6 +127,14 @@ def may_restride(node: Node) -> bool:
     return bool(value.is_contiguous() and value.storage_offset() == 0)
 
 
+def is_bitcast(node: Node) -> bool:
+    """Does a view of another dtype take the bits of each element for those of a number in registers?"""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    dtypes = operand.meta["val"].dtype, node.meta["val"].dtype
+    return all(dtype.itemsize >= 4 for dtype in dtypes) and dtypes[0].itemsize == dtypes[1].itemsize
+
+
 def _flat(values: Any) -> list[Any]:
     return [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,)) if v is not None]
 
@@ -150,6 +159,8 @@ def is_fusable(node: Node) -> bool:
     ):
         return False
     if node.target is aten.as_strided.default and not may_restride(node):
+        return False
+    if node.target is aten.view.dtype and not is_bitcast(node):
         return False
     values = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
     tensors = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,)) if isinstance(t, torch.Tensor)]

@@ -23,7 +23,7 @@ from graphopt.backends.triton.attention_rows import PlainRows, Rows, rows_of
 from graphopt.backends.triton.attention_split import SPLIT_KEYS, Runs
 from graphopt.backends.triton.evaluate import Axis, Evaluator, Value, axis
 from graphopt.backends.triton.mask_bounds import Bound, Bounds, bounds_of
-from graphopt.backends.triton.matmul import Frame
+from graphopt.backends.triton.operands import Frame
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names

@@ -91,6 +91,8 @@ def convert(text: str, source: torch.dtype, target: torch.dtype) -> str:
         return text
     if target == torch.bool:
         return f"({text} != 0)"
+    if target in ROUNDED and source in (torch.int8, torch.uint8, torch.bool):
+        return f"{text}.to(tl.float32)"  # which both hold exactly
     if target in ROUNDED:
         wide = text if CARRIERS[source] == "tl.float32" else f"{text}.to(tl.float32)"
         return f"{wide}.to({STORED[target]}).to(tl.float32)"

@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 
 from graphopt.backends.triton.attention import AttentionSection, attention_of
 from graphopt.backends.triton.configs import configs
-from graphopt.backends.triton.matmul import contraction_of, matmul_sections
+from graphopt.backends.triton.matmul import matmul_sections
 from graphopt.backends.triton.matmul_split import split as split_product
+from graphopt.backends.triton.operands import contraction_of
 from graphopt.backends.triton.reduction_split import split as split_rows
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection

@@ -15,111 +15,26 @@ Products accumulate in float32, and bias is added before rounding, as cuBLAS and
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node
 
 from graphopt.backends.triton import expressions
-from graphopt.backends.triton.evaluate import Axis, Evaluator, Value, axis
+from graphopt.backends.triton.depth import Depth, cut_of
+from graphopt.backends.triton.evaluate import Axis, Evaluator, Guard, Value, axis
+from graphopt.backends.triton.operands import Frame, LeftRows, Product, contraction_of, dot_operand, products_of
 from graphopt.backends.triton.printer import text_of
-from graphopt.backends.triton.reductions import describe
 from graphopt.backends.triton.region import Region, Unsupported
-from graphopt.backends.triton.rows import Names, RowSection, Scope, ancestors, structures_before
+from graphopt.backends.triton.rows import Names, ancestors
 from graphopt.backends.triton.source import power_of_two
 from graphopt.index_inverse import base_of, shown_index
 from graphopt.index_map import Index, flatten, product, unflatten
 
 aten = torch.ops.aten
 
-CONTRACTIONS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "graphopt.linear.default",
-                "graphopt.parallel_linear.default")
-
-
 LEAST_BAND = 4
 """Rows of a weight that one program takes at least for a matrix-vector product: it reads the vector for each band."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """One matrix product: its result node, its operands, and whether the weight is stored [N, K] rather than [K, N]."""
-
-    result: Node
-    left: Node
-    right: Node
-    bias: Node | None
-    by_rows: bool
-    batched: bool
-
-
-def contraction_of(region: Region) -> Node | None:
-    """The region's matrix product, if it has one."""
-    return next((n for n in region.graph_module.graph.nodes if str(n.target) in CONTRACTIONS), None)
-
-
-def products_of(node: Node) -> list[Product]:
-    """The products of a contraction node; several for several weights. Raises Unsupported for other forms."""
-    name, args = str(node.target), node.args
-    if name == "aten.addmm.default":
-        if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
-            raise Unsupported("addmm with alpha or beta")
-        return [Product(node, args[1], args[2], args[0], False, False)]  # type: ignore[arg-type]
-    if name in ("aten.mm.default", "aten.bmm.default"):
-        return [Product(node, args[0], args[1], None, False, name == "aten.bmm.default")]  # type: ignore[arg-type]
-    if name == "graphopt.linear.default":
-        return [Product(node, args[0], args[1], args[2] if len(args) > 2 else None, True, False)]  # type: ignore[arg-type]
-    picks = {u.args[1]: u for u in node.users if u.target is operator.getitem}
-    return [Product(picks[i], args[0], w, args[2][i], True, False)  # type: ignore[index, arg-type]
-            for i, w in enumerate(args[1]) if i in picks]  # type: ignore[arg-type]
-
-
-class Frame:
-    """A skeleton for the evaluator: lines inside of the walk over k for what uses it, before the walk for the rest."""
-
-    def __init__(self, names: Names, before: list[str], inside: list[str], walked: str) -> None:
-        self.names, self.before, self.inside, self.walked = names, before, inside, walked
-        self.memory: dict[Any, Value] = {}
-
-    def emit(self, text: str, uses: frozenset[str], hint: str = "v") -> str:
-        """Assign to a new variable."""
-        name = self.names.new(hint)
-        (self.inside if self.walked in uses else self.before).append(f"{name} = {text}")
-        return name
-
-    def remembered(self, key: Any) -> Value | None:
-        """A value computed before."""
-        return self.memory.get(key)
-
-    def remember(self, key: Any, value: Value) -> None:
-        """Keep a value."""
-        self.memory[key] = value
-
-    def reduction(self, node: Node, index: Index) -> Value:
-        """A reduction outside of the left operand's rows has no place here."""
-        raise Unsupported("a reduction beside a matrix product")
-
-
-class LeftRows(RowSection):
-    """The left operand's rows: the reductions that its elements need, then its elements along the walk over k."""
-
-    def __init__(self, region: Region, left: Node, names: Names, m: Axis, k: Axis, blocks: tuple[str, str]) -> None:
-        self.region, self.names, self.outputs = region, names, []
-        self.reductions = [describe(region, n) for n in structures_before([left])]
-        for reduction in self.reductions:
-            if product(reduction.kept_sizes) != m.total or product(reduction.reduced_sizes) != k.total:
-                raise Unsupported("a reduction over other rows than the product's")
-        self.x, self.r = dataclasses.replace(m, name="x"), dataclasses.replace(k, name="r")
-        self.xblock, self.rblock = blocks
-        self.looped = True
-        self.evaluator = Evaluator(region, self, [self.x, self.r])
-        self.scopes = [Scope()]
-
-    def prepare(self) -> list[str]:
-        """Lines that compute the reductions of the rows."""
-        self._run()
-        return self.scopes[0].lines
 
 
 class MatmulSection:
@@ -135,6 +50,12 @@ class MatmulSection:
         self.m = axis("m", lead, f"m_{number}", f"m_mask_{number}")
         self.n = axis("n", sizes[-1:], f"n_{number}", f"n_mask_{number}")
         self.k = axis("k", left[-1:], f"k_{number}", f"k_mask_{number}")
+        self.one_row = self.m.total == 1
+        rights = [p.right for p in products]
+        self.cut = cut_of(region, first.left, rights, left[-1], self.one_row) if first.by_rows else None
+        if self.cut is not None:
+            walked = self.cut.sizes(int(left[-1]))
+            self.k = dataclasses.replace(self.k, symbols=sympy.symbols(f"k:{len(walked)}"), sizes=walked)
         for each in (self.batch, self.m, self.n, self.k):
             each.symbols = tuple(sympy.Symbol(f"{s.name}_{number}", integer=True, nonnegative=True)
                                  for s in each.symbols)
@@ -142,14 +63,14 @@ class MatmulSection:
             raise Unsupported("joined products of different sizes")
         self.number = number
         self.helpers: set[str] = set()
-        self.one_row = self.m.total == 1
-        self.dtype = first.result.meta["val"].dtype
+        self.left: LeftRows | None = None
+        self.dtype, self.operands = first.result.meta["val"].dtype, first.left.meta["val"].dtype
         self._configure()
 
     def _configure(self) -> None:
         """Tile sizes by the number of rows, of accumulators, and the operands' width."""
         rows = int(self.m.total) if self.m.total.is_Integer else 64
-        wide = self.dtype == torch.float32
+        wide = self.operands == torch.float32
         columns = int(self.n.total) if self.n.total.is_Integer else 128
         depth = int(self.k.total) if self.k.total.is_Integer else 128
         many = len(self.products) > 1
@@ -163,6 +84,10 @@ class MatmulSection:
             bm, bn, bk, self.num_warps, self.num_stages = 64, 64 if not many else 32, 64 if not wide else 32, 4, 3
         else:
             bm, bn, bk, self.num_warps, self.num_stages = 128, 128 if not many else 64, 64, 8, 3
+        if wide and not self.one_row and any(p.right.op == "call_function" for p in self.products):
+            bn, bk = 32, 32 if rows <= 16 else 16  # what is computed for a tile of float32 takes registers
+        elif self.cut is not None and self.cut.pieces > 1 and bm > 16:
+            bk //= 2  # a step multiplies as many positions of each piece
         least = 1 if self.one_row else 16
         bn, bk = (min(b, max(least, power_of_two(s))) for b, s in ((bn, columns), (bk, depth)))
         self.blocks = {f"BLOCK_M_{self.number}": bm, f"BLOCK_N_{self.number}": bn, f"BLOCK_K_{self.number}": bk}
@@ -170,6 +95,8 @@ class MatmulSection:
             if each.total.is_Integer and int(each.total) % block == 0 and each.total != 0:
                 each.mask = None
         self.constants = {k: v for k, v in self.blocks.items()}
+        self.depth = Depth(self.k, self.region.sizes(self.products[0].left)[-1], self.cut, list(self.blocks)[2],
+                           not self.one_row)
 
     @property
     def programs(self) -> str:
@@ -188,25 +115,30 @@ class MatmulSection:
     def _walk(self, first: str, last: str) -> tuple[list[str], list[str]]:
         """The accumulators of the products, and the lines that fill them from k = first to last."""
         bm, _, bk = self.blocks
-        left = LeftRows(self.region, self.products[0].left, self.names, self.m, self.k, (bm, bk))
+        self.left = left = LeftRows(self.region, self.products[0].left, self.names, self.m, self.depth, (bm, bk))
         if self.batch.symbols:
             left.evaluator.axes.append(self.batch)
         before = left.prepare()
-        left.scopes.append(Scope())
+        if self.batch.symbols:
+            left.evaluator.axes.append(self.batch)
+        if self.cut is not None and self.one_row:
+            before.append(f"{self.n.position}_wide = {self.n.position}[:, :, None]")
+            before += [f"{self.n.mask}_wide = {self.n.mask}[:, :, None]"] if self.n.mask else []
         inside = left.scopes[-1].lines
-        a = left.evaluator.value(self.products[0].left, self._left_index())
-        accumulators = []
-        for each in self.products:
-            accumulators.append(self._accumulate(each, a, left.evaluator, before, inside))
+        operands = [self._left_operand(left.evaluator, piece) for piece in self.depth.pieces]
+        accumulators = [self._accumulate(each, operands, before, inside) for each in self.products]
         self.helpers |= left.evaluator.helpers
         start = self.names.new("start")
         walk = [f"for {start} in range({first}, {last}, {bk}):"]
-        walk += [f"    {line}" for line in (*left._columns(start), *self._down(start), *inside)]
+        walk += [f"    {line}" for line in (*left.steps(start), *inside)]
         return accumulators, [*before, *walk]
 
     def _total(self, accumulator: str) -> str:
         """A tile of sums."""
-        return f"tl.sum({accumulator}, 1, keep_dims=True)" if self.one_row else accumulator
+        if self.one_row:
+            rows = f"tl.sum({accumulator}, 2)" if self.cut is not None else accumulator
+            accumulator = f"tl.sum({rows}, 1, keep_dims=True)"
+        return f"{accumulator}.to(tl.float32)" if self.operands == torch.int8 else accumulator
 
     def _place(self, program: str) -> list[str]:
         """Which tile a program computes: eight rows of tiles at a time, column by column."""
@@ -244,42 +176,57 @@ class MatmulSection:
         """The rows of a tile that a program computes."""
         return f"tl.arange(0, {list(self.blocks)[0]})"
 
-    def _down(self, start: str) -> list[str]:
-        """The positions along k as a column, for the right operand of a dot."""
+    def _left_operand(self, evaluator: Evaluator, piece: int) -> str:
+        """A piece of the left operand, 0 behind the end of k."""
+        left, depth = self.products[0].left, self.depth
+        index = (*self._result_index()[:-1], depth.index(piece))
+        guard = self._inside(evaluator, piece)
+        value = evaluator.value(left, index, guard)
+        masks = " & ".join(m for m in (*(a.mask for a in depth.left()), guard and guard[0]) if m)
         if self.one_row:
-            return []
-        k = self.k
-        lines = [f"{k.position}_down = ({start} + tl.arange(0, {list(self.blocks)[2]})[:, None]).to(INDEX)"]
-        return lines + ([f"{k.mask}_down = {k.position}_down < {text_of(k.total, True)}"] if k.mask else [])
+            text = f"tl.where({masks}, {value.text}, 0)" if masks else value.text
+            return f"{text}.to(tl.int32)" if self.operands == torch.int8 else text
+        bm, _, bk = self.blocks
+        return dot_operand(evaluator, value, {"x", "r"}, masks, f"[{bm}, {bk}]")
 
-    def _accumulate(
-        self, each: Product, a: Value, left_evaluator: Evaluator, before: list[str], inside: list[str]
-    ) -> str:
+    def _inside(self, evaluator: Evaluator, piece: int) -> Guard | None:
+        """Where a walked position lies within k, if the masks of the axes do not tell."""
+        if not self.depth.is_ragged:
+            return None
+        place, uses = evaluator.index_text(self.depth.index(piece))
+        return evaluator.also(f"{place} < {text_of(self.depth.size)}", uses, None)
+
+    def _accumulate(self, each: Product, left: list[str], before: list[str], inside: list[str]) -> str:
+        """The accumulator of a product, and lines that add a step to it."""
         bm, bn, bk = self.blocks
-        down = self.k if self.one_row else dataclasses.replace(
-            self.k, position=f"{self.k.position}_down", mask=f"{self.k.mask}_down" if self.k.mask else None)
-        frame = Frame(self.names, before, inside, "k")
-        evaluator = Evaluator(self.region, frame, [down, self.n, self.batch])
-        b = evaluator.value(each.right, self._right_index(each))
+        n, down = self.n, self.depth.right()
+        if self.cut is not None and self.one_row:
+            n = dataclasses.replace(n, position=f"{n.position}_wide", mask=f"{n.mask}_wide" if n.mask else None)
+        evaluator = Evaluator(self.region, Frame(self.names, before, inside, "k"), [*down, n, self.batch])
+        values = [evaluator.value(each.right, self._right_index(each, piece), self._inside(evaluator, piece))
+                  for piece in self.depth.pieces]
+        name, cut = self.names.new("acc"), self.cut
+        tile = f"[{bn}, {bk}]" if cut is None else f"[{bn}, {bk} // {cut.run}, {cut.run}]"
+        kind = {torch.float64: "tl.float64", torch.int8: "tl.int32"}.get(self.operands, "tl.float32")
+        before.append(f"{name} = tl.full({tile if self.one_row else f'[{bm}, {bn}]'}, 0, {kind})")
+        exact = "" if self.operands == torch.int8 else ", input_precision='ieee'"
+        for a, b in zip(left, values, strict=True):
+            if self.one_row:
+                inside.append(f"{name} += {a} * {b.text}")
+                continue
+            if cut is None:
+                right = dot_operand(evaluator, b, {"k", "n"}, down[0].mask, f"[{bk}, {bn}]")
+            else:
+                whole = f"[{bk} // {cut.run}, {cut.run}, {bn}]"
+                right = f"tl.reshape(tl.broadcast_to({evaluator.narrow(b)}, {whole}), [{bk}, {bn}])"
+            inside.append(f"{name} = tl.dot({a}, {right}, {name}{exact})")
         self.helpers |= evaluator.helpers
-        name = self.names.new("acc")
-        wide = "tl.float64" if self.dtype == torch.float64 else "tl.float32"
-        shape = f"[{bn}, {bk}]" if self.one_row else f"[{bm}, {bn}]"
-        before.append(f"{name} = tl.full({shape}, 0, {wide})")
-        if self.one_row:
-            outside = f"tl.where({self.k.mask}, {a.text}, 0)" if self.k.mask else a.text
-            inside.append(f"{name} += {outside} * {b.text}")
-            return name
-        left = _operand(left_evaluator, a, {"x", "r"}, self.k.mask, f"[{bm}, {bk}]")
-        right = _operand(evaluator, b, {"k", "n"}, down.mask, f"[{bk}, {bn}]")
-        operands = left, right
-        inside.append(f"{name} = tl.dot({operands[0]}, {operands[1]}, {name}, input_precision='ieee')")
         return name
 
     def _epilogue(self, totals: list[str]) -> list[str]:
         """Lines that compute and store the outputs from the products' sums."""
         lines: list[str] = []
-        frame = Frame(self.names, lines, lines, "")
+        frame = Frame(self.names, lines, lines, "", self.left)
         evaluator = Evaluator(self.region, frame, [self.m, self.n, self.batch])
         for each, total in zip(self.products, totals, strict=True):
             evaluator.bound[each.result] = self._bind(each, total, evaluator)
@@ -339,25 +286,12 @@ class MatmulSection:
             parts = (self.batch, ()), (self.m, sizes[:-1]), (self.n, sizes[-1:])
         return tuple(i for current, own in parts for i in self._along(current, own))
 
-    def _left_index(self) -> Index:
-        sizes = self.region.sizes(self.products[0].left)
-        return (*self._result_index()[:-1], *self._along(self.k, sizes[-1:]))
-
-    def _right_index(self, each: Product) -> Index:
-        sizes = self.region.sizes(each.right)
+    def _right_index(self, each: Product, piece: int) -> Index:
+        sizes, along_k = self.region.sizes(each.right), self.depth.index(piece)
         if each.by_rows:
-            return (*self._along(self.n, sizes[:1]), *self._along(self.k, sizes[1:]))
-        own = (*self._along(self.k, sizes[-2:-1]), *self._along(self.n, sizes[-1:]))
+            return (*self._along(self.n, sizes[:1]), along_k)
+        own = (along_k, *self._along(self.n, sizes[-1:]))
         return (*self._result_index()[:1], *own) if each.batched else own
-
-
-def _operand(evaluator: Evaluator, value: Value, axes: set[str], mask: str | None, shape: str) -> str:
-    """A value as an operand of `tl.dot`: a whole tile in its memory type, 0 beyond the end of k."""
-    text = evaluator.narrow(value)
-    loaded = value.text in evaluator.raw or value.text.startswith("load")
-    if mask and not (loaded and axes <= value.uses):
-        text = f"tl.where({mask}, {text}, 0)"
-    return text if axes <= value.uses else f"tl.broadcast_to({text}, {shape})"
 
 
 def matmul_sections(region: Region, names: Names) -> list[MatmulSection]:

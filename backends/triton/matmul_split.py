@@ -25,7 +25,8 @@ from collections.abc import Sequence
 import torch
 
 from graphopt import cost
-from graphopt.backends.triton.matmul import MatmulSection, Product
+from graphopt.backends.triton.matmul import MatmulSection
+from graphopt.backends.triton.operands import Product
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region
 from graphopt.backends.triton.rows import Names, structures_before
@@ -55,7 +56,7 @@ def _programs(region: Region, sections: Sequence[MatmulSection]) -> list[int] | 
         return None
     alone = cost.region_cost(region.graph_module)
     moving = device.seconds(cost.Cost(region.example(alone.bytes)))
-    computing = device.seconds(cost.Cost(flops=region.example(alone.flops)), sections[0].dtype)
+    computing = device.seconds(cost.Cost(flops=region.example(alone.flops)), sections[0].operands)
     if whole < device.processors:
         cuts = min(steps // LEAST_STEPS, math.ceil(2 * device.processors / whole))
         shares = [cuts * each for each in tiles]

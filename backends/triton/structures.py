@@ -18,8 +18,8 @@ from graphopt.backends.triton import expressions, gathers, scatters
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
-from graphopt.index_map import Index, unflatten
-from graphopt.row_ops import REDUCTIONS, SPLITS, may_restride
+from graphopt.index_map import Index, Ranges, is_nonnegative, unflatten, upper_bound
+from graphopt.row_ops import REDUCTIONS, SPLITS, is_bitcast, may_restride
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -207,6 +207,9 @@ def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     for part in parts:
         size = e.region.sizes(part)[dim]
         end = begin + size
+        if _lies_between(index[dim], begin, end, e.ranges):
+            value = e.value(part, (*index[:dim], sympy.expand(index[dim] - begin), *index[dim + 1 :]), guard)
+            return Value(_as(value, dtype), dtype, value.uses)
         if size != 0:
             bounds = [f"({place} >= {text_of(begin, True)})"] * (begin != 0) + [f"({place} < {text_of(end, True)})"]
             inner = (*index[:dim], sympy.expand(index[dim] - begin), *index[dim + 1 :])
@@ -218,6 +221,13 @@ def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
         chosen = Value(text, dtype, value.uses) if chosen is None else e.settle(
             f"tl.where({condition}, {text}, {chosen.text})", dtype, chosen.uses | value.uses | uses)
     return chosen or Value(_as(Value("0", torch.int64), dtype), dtype)
+
+
+def _lies_between(place: sympy.Expr, begin: sympy.Expr, end: sympy.Expr, ranges: Ranges) -> bool:
+    """Is an index known to lie in one piece of a join? What has an upper bound is a sum that begins at its constant."""
+    highest = upper_bound(place, ranges)
+    lowest = sympy.expand(place).as_coeff_Add()[0]
+    return highest is not None and is_nonnegative(lowest - begin) and is_nonnegative(end - 1 - highest)
 
 
 def _pad(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
@@ -297,6 +307,23 @@ def _as_strided(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> 
     return e.value(operand, unflatten(sympy.expand(place), e.region.sizes(operand), e.ranges), guard)
 
 
+def _bits(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """view(dtype): the bits of an element as another number."""
+    if not is_bitcast(node):
+        raise Unsupported("a view of another dtype that is narrower than a register")
+    dtype, value = node.meta["val"].dtype, e.operand(node.args[0], index, guard)
+    return e.settle(f"{value.text}.to({expressions.CARRIERS[dtype]}, bitcast=True)", dtype, value.uses)
+
+
+def _shift(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
+    """A shift by a known count, which the type's bits must hold."""
+    count, dtype = node.args[1], node.meta["val"].dtype
+    if not isinstance(count, int) or not 0 <= count < 8 * dtype.itemsize:
+        raise Unsupported("a shift by more than the type's bits")
+    sign = "<<" if node.target == aten.__lshift__.Scalar else ">>"
+    return e.pointwise(expressions.Rule(f"({{0}} {sign} {count})"), node, node.args[:1], index, guard)
+
+
 def _copy(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     """copy(destination, source): the source, converted."""
     value = e.operand(node.args[1], index, guard)
@@ -344,6 +371,9 @@ STRUCTURES: dict[Any, Structure] = {
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.copy.default: _copy,
+    aten.view.dtype: _bits,
+    aten.__lshift__.Scalar: _shift,
+    aten.__rshift__.Scalar: _shift,
     aten.as_strided.default: _as_strided,
     aten.index_put.default: scatters.index_put,
     aten._unsafe_index_put.default: scatters.index_put,

@@ -43,10 +43,9 @@ def absorb_readers(groups: Groups, contraction: Node) -> None:
     if isinstance(contraction.meta["val"], (tuple, list)):
         results = [u for u in contraction.users if u.target is operator.getitem]
     group = groups.new("linear", [contraction, *(r for r in results if r is not contraction)])
-    size = numel(results[0]) if results else None
-    stack = [r for result in results for r in consumers(result)]
-    for node in sorted(dict.fromkeys(stack), key=groups.order.__getitem__):
-        _extend(groups, group, node, size, contraction)
+    readers = {reader: numel(result) for result in reversed(results) for reader in consumers(result)}
+    for node in sorted(readers, key=groups.order.__getitem__):
+        _extend(groups, group, node, readers[node], contraction)
 
 
 def _extend(groups: Groups, group: Group, node: Node, size: Any, contraction: Node) -> None:
@@ -102,17 +101,19 @@ def absorb_prologues(groups: Groups) -> None:
         contraction = next((n for n in group.nodes if n.target in CONTRACTIONS), None)
         if contraction is None or contraction.target == aten.bmm.default:
             continue
-        source = next(iter(producers_of_left(contraction)), None)
-        before = groups.of.get(source) if source is not None else None
+        before = groups.of.get(_producer_of_left(contraction, group))
         if before is None or before.kind != "rows" or not _is_prologue(before, group, contraction):
             continue
         if groups.may_be_one(before.nodes, group.nodes):
             groups.join(group, list(before.nodes))
 
 
-def producers_of_left(contraction: Node) -> list[Node]:
-    """The node that makes the left operand, views looked through."""
-    return [source_of(left_operand(contraction))]
+def _producer_of_left(contraction: Node, group: Group) -> Node:
+    """The node that makes the left operand; views, and casts of the region itself, looked through."""
+    source = source_of(left_operand(contraction))
+    while source in group.nodes and source.all_input_nodes:
+        source = source_of(source.all_input_nodes[0])
+    return source
 
 
 def _is_prologue(before: Group, group: Group, contraction: Node) -> bool:
@@ -125,5 +126,7 @@ def _is_prologue(before: Group, group: Group, contraction: Node) -> bool:
     private = all(r in group.nodes or r in before.nodes for n in before.nodes for r in consumers(n))
     same = group_rows(before) in (None, (rows, sizes[-1], ((), ())))
     plain = all(n.target not in CONSTANTS and n.target not in WRITES for n in before.nodes)
-    views = all(v.target in RESHAPES | IDENTITIES for o in outputs for v in chain(contraction, o))
-    return bool(rows.is_Integer and rows <= FEW_ROWS and private and same and plain and views and len(outputs) == 1)
+    views = all(v.target in RESHAPES | IDENTITIES for o in outputs for n in group.nodes for v in chain(n, o))
+    left = _producer_of_left(contraction, group)
+    scales = all(o is left or bool(numel(o) == rows) for o in outputs)
+    return bool(rows.is_Integer and rows <= FEW_ROWS and private and same and plain and views and scales)

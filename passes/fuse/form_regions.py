@@ -10,7 +10,8 @@ becomes
     h, n = region_0(x, y)            # rows: reads x and y once, writes h and n once
     a = region_1(n, wg, wu)          # linear with its gate
 
-1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region.
+1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region, and before it
+   what makes an operand from fewer bytes (`operands.py`): weights that are dequantised, after `expand_quantized.py`.
 2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
 3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
 4. A write of new rows into a cache ends the region that makes the rows (`writes.py`).
@@ -30,10 +31,12 @@ from graphopt import edit
 from graphopt.cost import CostModel
 from graphopt.passes.fuse.attention_regions import ATTENTIONS, erase_unread, form_attention
 from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues, absorb_readers
+from graphopt.passes.fuse.expand_quantized import expand_quantized
 from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
 from graphopt.passes.fuse.joining import group_rows, may_join
+from graphopt.passes.fuse.operands import absorb_operands
 from graphopt.passes.fuse.score_functions import generate_masks
 from graphopt.passes.fuse.sharing import share_launches
 from graphopt.passes.fuse.worth import Worth
@@ -54,12 +57,16 @@ def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = No
     edit.eliminate_dead_code(graph_module)
     erase_unread(graph_module.graph)
     expand_rows(graph_module)
+    look_ups = expand_quantized(graph_module)
     refuse_others(graph_module.graph)
     masks = generate_masks(graph_module)
     groups = Groups(graph_module.graph, Worth(graph_module, cost_model) if cost_model is not None else None)
+    for nodes in look_ups:
+        groups.new("rows", [node for node in nodes if _joins_rows(node)])
     for node in graph_module.graph.nodes:
         if node.target in CONTRACTIONS:
             absorb_readers(groups, node)
+            absorb_operands(groups, node)
         elif node.target in ATTENTIONS:
             form_attention(groups, node, masks.get(node, []))
     for node in graph_module.graph.nodes:
