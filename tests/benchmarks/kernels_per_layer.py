@@ -273,7 +273,8 @@ def quantised() -> None:
         mine = per_layer(ours, llama, cached, (1, 1), scheme)
         shares = " | ".join(f"{mine['bytes'] / mine[least]:.3f}" for least in ("least", "handed"))
         counts = f"{mine['kernels']} | {mine['calls']} | {mine['bytes'] / 1e6:.2f}"
-        print(f"| Llama in {scheme}, a decode step after {cached} tokens | graphopt | {counts} | {shares} |", flush=True)
+        name = f"Llama in {scheme}, a decode step after {cached} tokens"
+        print(f"| {name} | graphopt | {counts} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":
