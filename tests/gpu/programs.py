@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.quantization import operations
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -55,6 +57,9 @@ def programs(small: bool) -> Iterator[Program]:
         yield Program(name, lambda x, w, b: F.gelu(F.linear(x / 99, w, b)), ((tall, deep), (24, deep), (24,)))
     if not small:
         yield Program("a last wave of few tiles", lambda x, w: F.linear(x / 50, w), ((1536, 8192), (1536, 8192)))
+    for scheme in ("int8", "int8-g64", "int4-g32", "nf4-g64", "mxfp4", "q4_k", "fp8", "int8-dynamic", "fp8-dynamic"):
+        for name, tall in (("one row", 1), ("few rows", 5), ("rows", 70)):
+            yield Program(f"{scheme}, {name}", _quantised(scheme), ((tall, inner), (24, inner), (24,)))
     heads, kv, length, size = (4, 2, 19, 16) if small else (32, 8, 515, 128)
     q, k = (2, heads, length, size), (2, kv, length, size)
     attend = F.scaled_dot_product_attention
@@ -66,3 +71,14 @@ def programs(small: bool) -> Iterator[Program]:
     yield Program(
         "decode, many keys", lambda q, k, v: attend(q, k, v, enable_gqa=True), ((2, heads, 1, size), far, far)
     )
+
+
+def _quantised(scheme: str) -> Callable[..., Tensor]:
+    """A product with bias and activation of a weight that is packed at each call, as `options={"quantize": ...}` do."""
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        parts = operations.quantize_weight(weight, scheme)
+        y: Tensor = operations.quantized_linear(x, parts, bias, scheme)
+        return F.silu(y / 8)
+
+    return function

@@ -18,6 +18,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "inductor": {},
     "inductor max-autotune": {"mode": "max-autotune-no-cudagraphs"},
     "graphopt": {"backend": "graphopt", "options": {"target": "triton"}},
+    "graphopt int8": {"backend": "graphopt", "options": {"target": "triton", "quantize": "int8"}},
+    "graphopt int4": {"backend": "graphopt", "options": {"target": "triton", "quantize": "int4"}},
 }
 WORKS = (("decode", 1), ("decode", 8), ("decode", 64), ("prefill", 512), ("prefill", 4096))
 _CONTEXT = 512
@@ -37,7 +39,7 @@ def measure(device: str, end: float) -> list[dict[str, Any]]:
             for system, seconds in _by_turns(model, work, size, device):
                 figure = {"shape": shape, "work": f"{work} {size}", "system": system, "ms": round(seconds * 1e3, 3)}
                 if work == "decode":
-                    figure["GB/s of weights"] = round(weights / seconds / 1e9)
+                    figure["GB/s of weights in bfloat16"] = round(weights / seconds / 1e9)
                 figures.append(figure)
         del model
         torch.cuda.empty_cache()
