@@ -136,7 +136,8 @@ def _heads_of(node: fx.Node, reader: fx.Node) -> _Heads | None:
         return None
     if scale is not None and (scale.meta["val"].dtype != x.meta["val"].dtype or not scale.meta["val"].is_contiguous()):
         return None
-    numbers = given["eps"], given["weight_offset"], given["cast_first"], size
+    # Of each head, or, where it stands before the rows are seen as heads, of all of a row (OLMo2).
+    numbers = given["eps"], given["weight_offset"], given["cast_first"], normed.meta["val"].shape[-1]
     norm = ("rms_norm", (None if scale is None else weight(scale), *numbers))
     return _Heads(x, size, (norm, *turn))
 

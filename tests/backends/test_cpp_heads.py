@@ -279,6 +279,22 @@ def test_heads_that_are_normalised() -> None:
     assert "rms_norm v1 w3 1e-06 0.0 1.0 8.0; rope v4 w4 w5 8.0 0.0; rms_norm v2 w3 1e-06 0.0 1.0 8.0;" in steps
 
 
+@pytest.mark.parametrize("has_scale", (True, False))
+def test_rows_that_are_normalised_before_they_are_heads(has_scale: bool) -> None:
+    def function(scale: Tensor, x: Tensor, past_keys: Tensor, past_values: Tensor, *others: Tensor) -> Any:
+        weights = others[2:]
+        q, k, v = ops.parallel_linear(x, list(weights[:3]), [None] * 3)
+        key_room, keys = appended(past_keys, shown(ops.rms_norm(k, scale if has_scale else None, 1e-6)))
+        value_room, values = appended(past_values, shown(v))
+        y = ops.attention(shown(q), keys, values, None, scale=0.3)
+        out = ops.linear(y.transpose(1, 2).flatten(2), weights[3])
+        key_room.copy_(keys), value_room.copy_(values)
+        return out, keys, values
+
+    _, (steps,) = formed(function, torch.rand(16), *block_inputs())
+    assert f"rms_norm v2 {'w3' if has_scale else '-'} 1e-06 0.0 1.0 16.0; attend v1 v4 v3" in steps
+
+
 def test_without_positions() -> None:
     _, (steps,) = formed(lambda *inputs: block(*inputs, turned=lambda x, cos, sin: x), *block_inputs())
     assert "linear plain v0 w0 - w1 - w2 -; attend v1 v2 v3 r0 r1 - 0.3" in steps
@@ -339,6 +355,7 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
     "qwen2": (transformers.Qwen2Config, {}),
+    "olmo2": (transformers.Olmo2Config, {}),
 }
 
 
