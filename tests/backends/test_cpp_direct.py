@@ -20,6 +20,7 @@ DIRECT = [
     "parallel_quantized_linear",
     "quantized_embedding",
     "chain",
+    "chain_into",
     "attention",
     "attention_quantized",
     "attention_paged",
@@ -129,7 +130,14 @@ def test_generated_code_calls_the_function() -> None:
 
 def test_chain_equals_the_operator() -> None:
     x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
+    given = [x], [weight], []
     text = "silu v0; linear plain v1 w0 -; out v1 v2"
-    assert all(map(torch.equal, direct("chain")([x], [weight], text), operators.chain([x], [weight], text)))
+    want = operators.chain(*given, text)
+    assert all(map(torch.equal, direct("chain")(*given, text), want))
+    outs = [torch.empty_like(each) for each in want]
+    assert direct("chain_into")(*given, outs, text) is None
+    assert all(map(torch.equal, outs, want))
     with pytest.raises(RuntimeError, match="chain: no values"):
-        direct("chain")([], [], "out")
+        direct("chain")([], [], [], "out")
+    with pytest.raises(RuntimeError, match="no values, or no memory for results"):
+        direct("chain_into")(*given, [], text)
