@@ -16,36 +16,33 @@ Ranges = Mapping[sympy.Symbol, sympy.Expr]
 """The size of each index symbol: the symbol takes the values 0 .. size - 1."""
 
 
-class FloorDivide(sympy.Function):  # type: ignore[misc]  # sympy has no types
+class _Division(sympy.Function):  # type: ignore[misc]  # sympy has no types
+    """Of a non-negative integer by a positive one. part: 0 is the quotient, 1 the remainder."""
+
+    nargs = (2,)
+    is_integer = True
+    is_nonnegative = True
+    part: int
+
+    @classmethod
+    def eval(cls, dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+        if divisor == 1 or dividend == 0:
+            return (dividend, sympy.Integer(0))[cls.part]
+        if dividend.is_Integer and divisor.is_Integer:
+            return sympy.Integer(divmod(int(dividend), int(divisor))[cls.part])
+        return None
+
+
+class FloorDivide(_Division):
     """`a // b` of a non-negative integer and a positive one."""
 
-    nargs = (2,)
-    is_integer = True
-    is_nonnegative = True
-
-    @classmethod
-    def eval(cls, dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
-        if divisor == 1 or dividend == 0:
-            return dividend
-        if dividend.is_Integer and divisor.is_Integer:
-            return sympy.Integer(int(dividend) // int(divisor))
-        return None
+    part = 0
 
 
-class Remainder(sympy.Function):  # type: ignore[misc]  # sympy has no types
+class Remainder(_Division):
     """`a % b` of a non-negative integer and a positive one."""
 
-    nargs = (2,)
-    is_integer = True
-    is_nonnegative = True
-
-    @classmethod
-    def eval(cls, dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
-        if divisor == 1 or dividend == 0:
-            return sympy.Integer(0)
-        if dividend.is_Integer and divisor.is_Integer:
-            return sympy.Integer(int(dividend) % int(divisor))
-        return None
+    part = 1
 
 
 def size_expression(size: Any) -> sympy.Expr:

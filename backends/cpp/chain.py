@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt import edit
-from graphopt.backends.cpp.chain_steps import Operand, Step, line_of, step_of
+from graphopt.backends.cpp.chain_steps import Operand, Step, line_of, maker, step_of
 from graphopt.lowering import Choice
 
 aten = torch.ops.aten
@@ -103,7 +103,7 @@ class _Text:
 
     def __init__(self, steps: dict[fx.Node, Step]) -> None:
         reads = [node for step in steps.values() for node in step.operands("v")]
-        self.inputs = list(dict.fromkeys(node for node in reads if _maker(node) not in steps))
+        self.inputs = list(dict.fromkeys(node for node in reads if maker(node) not in steps))
         self.weights: list[fx.Node] = []
         self.rooms: list[fx.Node] = []
         self._places: dict[Operand, int] = {}
@@ -119,9 +119,9 @@ class _Text:
         """The word of rows: an input, or a result of a step."""
         if node in self._values:
             return f"v{self._values[node]}"
-        maker, place = node.args
-        assert isinstance(maker, fx.Node) and isinstance(place, int)
-        return f"v{self._values[maker] + place}"
+        place = node.args[1]
+        assert isinstance(place, int)
+        return f"v{self._values[maker(node)] + place}"
 
     def _word(self, operand: Operand) -> str:
         if operand.kind == "v":
@@ -144,15 +144,11 @@ def _memory_for(rewrite: edit.Rewrite, node: fx.Node) -> fx.Node:
     return rewrite.call(aten.empty.memory_format, list(value.shape), dtype=value.dtype, device=value.device)
 
 
-def _maker(node: fx.Node) -> object:
-    return node.args[0] if node.target is operator.getitem else node
-
-
 def _feeds_a_linear(node: fx.Node) -> bool:
     """Whether a linear takes this node's first result as its rows."""
     readers = [reader for user in node.users for reader in (user.users if user.target is operator.getitem else (user,))]
     steps = map(step_of, readers)
-    return any(step is not None and step.is_linear and _maker(step.x) is node for step in steps)
+    return any(step is not None and step.is_linear and maker(step.x) is node for step in steps)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -111,13 +112,13 @@ def _one_step(node: fx.Node) -> Step | None:
     name, *words = line.split()
     if not end.startswith("out ") or name == "linear":
         return None
-    listed = {"v": values, "w": weights, "r": rooms}
+    listed: dict[str, Any] = {"v": values, "w": weights, "r": rooms}
 
     def read(word: str) -> Word:
         if word == "-":
             return None
-        kind = word[0]
-        return Operand(kind, (listed[kind][int(word[1:])],)) if kind in listed else float(word)  # type: ignore
+        kind: Any = word[0]
+        return Operand(kind, (listed[kind][int(word[1:])],)) if kind in listed else float(word)
 
     return Step(name, tuple(map(read, words)))
 
@@ -235,3 +236,10 @@ def is_rows(node: fx.Node) -> bool:
         return False
     known = value.layout == torch.strided and all(isinstance(size, int) for size in value.shape)
     return known and 0 < math.prod(value.shape[:-1]) <= ROWS and value.shape[-1] > 0
+
+
+def maker(node: fx.Node) -> fx.Node:
+    """The node that a result was picked from; the node itself if it was not picked."""
+    made = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(made, fx.Node)
+    return made

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt import edit, ops, shapes, views
-from graphopt.backends.cpp.chain_steps import Operand, Step, Word, is_rows, rows, step_of, weight, write
+from graphopt.backends.cpp.chain_steps import Operand, Step, Word, is_rows, maker, rows, step_of, weight, write
 from graphopt.lowering import arguments
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def write_as_rows(graph_module: fx.GraphModule) -> None:
 
 
 def _fit(query: _Heads, *caches: _Cache) -> bool:
-    """Whether rows are of one shape and dtype, and linears on both sides take part in a chain."""
+    """Whether all rows are of one leading shape, and rows and rooms of one dtype."""
     all_rows = [query.rows, *(cache.heads.rows for cache in caches)]
     first = query.rows.meta["val"]
     alike = all(r.meta["val"].shape[:-1] == first.shape[:-1] and r.meta["val"].dtype == first.dtype for r in all_rows)
@@ -180,8 +180,7 @@ def _dense(node: fx.Node, rows_of: fx.Node) -> bool:
 
 
 def _comes_from_a_linear(node: fx.Node) -> bool:
-    maker = node.args[0] if node.target is operator.getitem else node
-    step = step_of(maker) if isinstance(maker, fx.Node) else None
+    step = step_of(maker(node))
     return step is not None and step.is_linear
 
 

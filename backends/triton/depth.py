@@ -161,7 +161,7 @@ def narrow_operands(left: Node, right: Node) -> tuple[Node, Node]:
 class Depth:
     """The walk along k of one section.
 
-    axis: all walked positions; size: the length of k; cut: how it is cut, if it is. names: of the constant that is the
+    axis: all walked positions; size: the length of k; cut: how it is cut, if it is. block: the constant that is the
     number of positions in a step. flat: the operands' tiles are [m, k] and [k, n]; else there is one row of x, and the
     right operand's tile is [n, k], or, of a k that is cut, [n, runs, positions in a run].
     """

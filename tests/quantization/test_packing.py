@@ -31,3 +31,21 @@ def test_a_weight_without_elements(monkeypatch: pytest.MonkeyPatch) -> None:
         weight = torch.randn(shape)
         want = operations.quantize_weight(weight, "int8")
         assert all(map(torch.equal, packing.pack_weight(weight, "int8"), want))
+
+
+def test_new_values_are_seen_where_the_user_vouches_for_guards() -> None:
+    """What docs/how-to/compile-a-chat-model.md says of torch's skip_guard_eval_unsafe."""
+    linear, x = torch.nn.Linear(64, 8), torch.randn(2, 64)
+    compiled = torch.compile(linear, backend="graphopt", options={"quantize": "int8", "strict": True})
+    with torch.no_grad():
+        before = compiled(x)
+        torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
+        try:
+            for change in (lambda: linear.weight.mul_(3), lambda: linear.weight.data.fill_(0.5)):
+                change()
+                after = compiled(x)
+                assert not torch.allclose(before, after)
+                torch.testing.assert_close(after, linear(x), rtol=0.05, atol=0.2)
+                before = after
+        finally:
+            torch.compiler.set_stance("default")
