@@ -65,9 +65,9 @@ class Groups:
         inside = dict.fromkeys(members)
         if any(source in inside and source.target in WRITES for n in inside for source in producers(n)):
             return True  # what is written is read by another launch: programs do not wait for each other
-        writes = [n for n in inside if n.target in WRITES]
-        # Views are copied into regions that read them: between rows and their write they are nobody's launch.
-        inside.update(dict.fromkeys(view for n in writes for rows in producers(n) for view in chain(n, rows)))
+        # Views are copied into regions that read them: between two members they are nobody's launch.
+        own = [(n, source) for n in inside for source in producers(n) if source in inside]
+        inside.update(dict.fromkeys(view for n, source in own for view in chain(n, source)))
         first = min(self.order[n] for n in inside)
         seen: set[Node] = set()
         stack = [n for m in inside for n in m.all_input_nodes if n not in inside]

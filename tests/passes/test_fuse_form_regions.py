@@ -82,6 +82,24 @@ def test_a_row_value_read_across_rows_is_refused() -> None:
     assert len(found) == 2
 
 
+def test_a_view_between_two_nodes_is_nobodys_launch() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x.relu().view(6, 4) * 2).t() + y
+
+    assert len(regions(function, torch.randn(4, 6), torch.randn(4, 6))) == 1
+    x, w = torch.randn(5, 6), torch.randn(8, 6)
+    assert len(regions(lambda x, w: (x @ w.t()).view(5, 2, 4).relu(), x, w)) == 1
+
+
+def test_a_cycle_behind_a_view_is_refused() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        start = x + 1
+        return start.view(5, 4) * torch.sort(start.view(5, 4), -1)[0]
+
+    found = regions(function, torch.randn(4, 5))
+    assert ["add"] in found and ["view", "mul"] in found
+
+
 def test_a_smaller_producer_is_not_computed_again_and_again() -> None:
     assert len(regions(lambda m, x: torch.exp(m) * x, torch.randn(8), torch.randn(30, 8))) == 2
 
