@@ -101,6 +101,13 @@ def upper_bound(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
     return sympy.expand(total)
 
 
+def lies_between(place: sympy.Expr, begin: sympy.Expr, end: sympy.Expr, ranges: Ranges) -> bool:
+    """Is an index known to lie in begin .. end - 1? What has an upper bound is a sum that begins at its constant."""
+    highest = upper_bound(place, ranges)
+    lowest = sympy.expand(place).as_coeff_Add()[0]
+    return highest is not None and is_nonnegative(lowest - begin) and is_nonnegative(end - 1 - highest)
+
+
 def _split(expression: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """`expression` as `quotient * divisor + rest`, term by term."""
     quotient, rest = [], []

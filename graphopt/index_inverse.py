@@ -44,13 +44,19 @@ def shown_index(node: Node, index: Index, sizes: Callable[[Node], Index], ranges
         return index
     operand = node.args[0]
     assert isinstance(operand, Node)
-    inner = shown_index(operand, index, sizes, ranges)
-    if node.target in RESHAPES:
-        return reshape_index(inner, sizes(operand), sizes(node), ranges)
-    if node.target is aten.permute.default:
-        order: Any = node.args[1]
-        return tuple(inner[dim % len(inner)] for dim in order)
-    return operand_index(node, inner, sizes(node), sizes(operand), ranges)  # its own inverse
+    return shown_by(node, shown_index(operand, index, sizes, ranges), sizes, ranges)
+
+
+def shown_by(view: Node, index: Index, sizes: Callable[[Node], Index], ranges: Ranges) -> Index:
+    """Where a one-to-one view shows the element of its operand that has `index`."""
+    operand = view.args[0]
+    assert isinstance(operand, Node)
+    if view.target in RESHAPES:
+        return reshape_index(index, sizes(operand), sizes(view), ranges)
+    if view.target is aten.permute.default:
+        order: Any = view.args[1]
+        return tuple(index[dim % len(index)] for dim in order)
+    return operand_index(view, index, sizes(view), sizes(operand), ranges)  # its own inverse
 
 
 def rejoin(expression: sympy.Expr) -> sympy.Expr:

@@ -26,6 +26,7 @@ from graphopt.index_arithmetic import Ranges as Ranges
 from graphopt.index_arithmetic import Remainder as Remainder
 from graphopt.index_arithmetic import floor_divide as floor_divide
 from graphopt.index_arithmetic import is_nonnegative as is_nonnegative
+from graphopt.index_arithmetic import lies_between as lies_between
 from graphopt.index_arithmetic import product as product
 from graphopt.index_arithmetic import remainder as remainder
 from graphopt.index_arithmetic import size_expression as size_expression

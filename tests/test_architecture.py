@@ -24,6 +24,7 @@ LAYERS = (
         "graphopt.index_arithmetic",
         "graphopt.index_map",
         "graphopt.index_inverse",
+        "graphopt.columns",
         "graphopt.row_ops",
         "graphopt.grouped",
         "graphopt.cost",

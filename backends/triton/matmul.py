@@ -8,13 +8,15 @@ Each program computes a tile of rows m and columns n, walking over k. Two forms:
 
 Operands are read through the evaluator, so a view, a cast or a norm before the product costs no pass of its own. A
 norm's statistics are summed over the program's rows in a walk before the product. Several weights of one input (a
-gate and its partner) accumulate side by side; weights whose results are independent are sections of one launch.
+gate and its partner) accumulate side by side, and so do columns of one weight that an element of the epilogue reads
+together, a rotary embedding's (`columns.py`); weights whose results are independent are sections of one launch.
 Products accumulate in float32, and bias is added before rounding, as cuBLAS and oneDNN do.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import sympy
@@ -28,8 +30,9 @@ from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, ancestors
 from graphopt.backends.triton.source import power_of_two
-from graphopt.index_inverse import base_of, shown_index
-from graphopt.index_map import Index, flatten, product, unflatten
+from graphopt.columns import MOST_FOLDS, Columns, columns_of, places
+from graphopt.index_inverse import base_of
+from graphopt.index_map import Index
 
 aten = torch.ops.aten
 
@@ -42,13 +45,16 @@ class MatmulSection:
 
     def __init__(self, region: Region, products: list[Product], outputs: list[int], number: int, names: Names) -> None:
         self.region, self.products, self.outputs, self.names = region, products, outputs, names
+        self.results, self.nodes = [p.result for p in products], dict.fromkeys(region.graph_module.graph.nodes)
         first = products[0]
         sizes = region.sizes(first.result)
         left = region.sizes(first.left)
         lead = sizes[:-1] if not first.batched else sizes[1:-1]
         self.batch = axis("b", sizes[:1] if first.batched else (), f"b_{number}", None)
         self.m = axis("m", lead, f"m_{number}", f"m_mask_{number}")
-        self.n = axis("n", sizes[-1:], f"n_{number}", f"n_mask_{number}")
+        self.columns = self._columns()
+        self.sums = list(itertools.product(products, range(self.columns.folds)))
+        self.n = axis("n", self.columns.sizes(sizes[-1]), f"n_{number}", f"n_mask_{number}")
         self.k = axis("k", left[-1:], f"k_{number}", f"k_mask_{number}")
         self.one_row = self.m.total == 1
         rights = [p.right for p in products]
@@ -59,13 +65,21 @@ class MatmulSection:
         for each in (self.batch, self.m, self.n, self.k):
             each.symbols = tuple(sympy.Symbol(f"{s.name}_{number}", integer=True, nonnegative=True)
                                  for s in each.symbols)
-        if any(region.sizes(p.result) != sizes for p in products):
-            raise Unsupported("joined products of different sizes")
         self.number = number
         self.helpers: set[str] = set()
         self.left: LeftRows | None = None
         self.dtype, self.operands = first.result.meta["val"].dtype, first.left.meta["val"].dtype
         self._configure()
+
+    def _columns(self) -> Columns:
+        """How columns are counted, so that one program computes all that an element of an output is made of."""
+        if len({self.region.sizes(result) for result in self.results}) > 1:
+            raise Unsupported("joined products of different sizes")
+        outputs = [self.region.outputs[output] for output in self.outputs]
+        found = columns_of(outputs, self.results, self.nodes, self.region.sizes)
+        if isinstance(found, str):
+            raise Unsupported(found)
+        return found
 
     def _configure(self) -> None:
         """Tile sizes by the number of rows, of accumulators, and the operands' width."""
@@ -73,17 +87,17 @@ class MatmulSection:
         wide = self.operands == torch.float32
         columns = int(self.n.total) if self.n.total.is_Integer else 128
         depth = int(self.k.total) if self.k.total.is_Integer else 128
-        many = len(self.products) > 1
+        sums = min(power_of_two(len(self.sums)), MOST_FOLDS)
         if self.one_row:
             bm, bn, bk, self.num_warps, self.num_stages = 1, 16, 256, 4, 2
             while bn > LEAST_BAND and columns < bn * 2 * self.region.device.processors:
                 bn, bk = bn // 2, bk * 2
         elif rows <= 16:
-            bm, bn, bk, self.num_warps, self.num_stages = 16, 32, 128 if not wide else 64, 4, 3
+            bm, bn, bk, self.num_warps, self.num_stages = 16, min(32, 64 // sums), 128 if not wide else 64, 4, 3
         elif rows <= 64 or wide:
-            bm, bn, bk, self.num_warps, self.num_stages = 64, 64 if not many else 32, 64 if not wide else 32, 4, 3
+            bm, bn, bk, self.num_warps, self.num_stages = 64, 64 // sums, 64 if not wide else 32, 4, 3
         else:
-            bm, bn, bk, self.num_warps, self.num_stages = 128, 128 if not many else 64, 64, 8, 3
+            bm, bn, bk, self.num_warps, self.num_stages = 128, 128 // sums, 64, 8, 3
         if wide and not self.one_row and any(p.right.op == "call_function" for p in self.products):
             bn, bk = 32, 32 if rows <= 16 else 16  # what is computed for a tile of float32 takes registers
         elif self.cut is not None and self.cut.pieces > 1 and bm > 16:
@@ -113,7 +127,7 @@ class MatmulSection:
         return [*self._place(program), *walk, *self._epilogue([self._total(name) for name in accumulators])]
 
     def _walk(self, first: str, last: str) -> tuple[list[str], list[str]]:
-        """The accumulators of the products, and the lines that fill them from k = first to last."""
+        """The accumulators of the sums, and the lines that fill them from k = first to last."""
         bm, _, bk = self.blocks
         self.left = left = LeftRows(self.region, self.products[0].left, self.names, self.m, self.depth, (bm, bk))
         if self.batch.symbols:
@@ -126,7 +140,7 @@ class MatmulSection:
             before += [f"{self.n.mask}_wide = {self.n.mask}[:, :, None]"] if self.n.mask else []
         inside = left.scopes[-1].lines
         operands = [self._left_operand(left.evaluator, piece) for piece in self.depth.pieces]
-        accumulators = [self._accumulate(each, operands, before, inside) for each in self.products]
+        accumulators = [self._accumulate(*each, operands, before, inside) for each in self.sums]
         self.helpers |= left.evaluator.helpers
         start = self.names.new("start")
         walk = [f"for {start} in range({first}, {last}, {bk}):"]
@@ -196,14 +210,14 @@ class MatmulSection:
         place, uses = evaluator.index_text(self.depth.index(piece))
         return evaluator.also(f"{place} < {text_of(self.depth.size)}", uses, None)
 
-    def _accumulate(self, each: Product, left: list[str], before: list[str], inside: list[str]) -> str:
-        """The accumulator of a product, and lines that add a step to it."""
+    def _accumulate(self, each: Product, fold: int, left: list[str], before: list[str], inside: list[str]) -> str:
+        """The accumulator of a product in a fold of its columns, and lines that add a step to it."""
         bm, bn, bk = self.blocks
         n, down = self.n, self.depth.right()
         if self.cut is not None and self.one_row:
             n = dataclasses.replace(n, position=f"{n.position}_wide", mask=f"{n.mask}_wide" if n.mask else None)
         evaluator = Evaluator(self.region, Frame(self.names, before, inside, "k"), [*down, n, self.batch])
-        values = [evaluator.value(each.right, self._right_index(each, piece), self._inside(evaluator, piece))
+        values = [evaluator.value(each.right, self._right_index(each, fold, piece), self._inside(evaluator, piece))
                   for piece in self.depth.pieces]
         name, cut = self.names.new("acc"), self.cut
         tile = f"[{bn}, {bk}]" if cut is None else f"[{bn}, {bk} // {cut.run}, {cut.run}]"
@@ -228,43 +242,43 @@ class MatmulSection:
         lines: list[str] = []
         frame = Frame(self.names, lines, lines, "", self.left)
         evaluator = Evaluator(self.region, frame, [self.m, self.n, self.batch])
-        for each, total in zip(self.products, totals, strict=True):
-            evaluator.bound[each.result] = self._bind(each, total, evaluator)
-        for output in self.outputs:
-            self._store(output, evaluator, lines)
+        folds = self.columns.folds
+        for place, each in enumerate(self.products):
+            evaluator.bound[each.result] = self._bind(each, totals[place * folds : (place + 1) * folds], evaluator)
+        for output, fold in itertools.product(self.outputs, range(folds)):
+            self._store(output, fold, evaluator, lines)
         self.helpers |= evaluator.helpers
         return lines
 
-    def _bind(self, each: Product, total: str, evaluator: Evaluator) -> Any:
-        """The product's rounded value at its own index; asked at another place there is no kernel."""
-        own = self._result_index()
+    def _bind(self, each: Product, totals: list[str], evaluator: Evaluator) -> Any:
+        """The product's rounded values at the indices of its folds; asked at another place there is no kernel."""
+        own = [self._result_index(fold) for fold in range(len(totals))]
         uses = frozenset({"m", "n"})
-        known: list[Value] = []
+        known: dict[int, Value] = {}
 
         def value(index: Index) -> Value:
-            if any(sympy.expand(a - b) != 0 for a, b in zip(own, index, strict=True)):
+            asked = tuple(map(sympy.expand, index))
+            if asked not in own:
                 raise Unsupported("a product is read at another place than its tile")
-            if not known:
-                text = total
+            fold = own.index(asked)
+            if fold not in known:
+                text = totals[fold]
                 if each.bias is not None:
-                    bias = evaluator.operand(each.bias, own)
-                    text = f"{total} + {bias.text}"
-                known.append(evaluator.settle(expressions.rounded(text, self.dtype), self.dtype, uses))
-            return known[0]
+                    bias = evaluator.operand(each.bias, own[fold])
+                    text = f"{text} + {bias.text}"
+                known[fold] = evaluator.settle(expressions.rounded(text, self.dtype), self.dtype, uses)
+            return known[fold]
 
         return value
 
-    def _store(self, output: int, evaluator: Evaluator, lines: list[str]) -> None:
+    def _store(self, output: int, fold: int, evaluator: Evaluator, lines: list[str]) -> None:
         node = self.region.outputs[output]
-        base, own = base_of(node), self._result_index()
-        sizes = self.region.sizes(base)
-        result_sizes = self.region.sizes(self.products[0].result)
-        if product(sizes) != product(result_sizes):
+        shown = places(self.results, self._result_index(fold), self.nodes, self.region.sizes, evaluator.ranges)
+        if node not in shown:
             raise Unsupported("an epilogue of another size than its product")
-        at = own if sizes == result_sizes else unflatten(flatten(own, result_sizes), sizes, evaluator.ranges)
-        value = evaluator.value(base, at)
-        index = shown_index(node, at, self.region.sizes, evaluator.ranges)
-        address, mask, uses = evaluator.stored(output, index)
+        base = base_of(node)
+        value = evaluator.value(base, shown[base])
+        address, mask, uses = evaluator.stored(output, shown[node])
         for missing in [a for a in (self.m, self.n) if a.name not in uses]:
             address += f" + 0 * {missing.position}"
             mask = " & ".join(x for x in (mask, missing.mask) if x)
@@ -278,19 +292,24 @@ class MatmulSection:
         symbols = iter(current.symbols)
         return tuple(sympy.Integer(0) if s == 1 else next(symbols) for s in sizes)
 
-    def _result_index(self) -> Index:
+    def _result_index(self, fold: int = 0) -> Index:
         sizes = self.region.sizes(self.products[0].result)
         if self.products[0].batched:
-            parts = (self.batch, sizes[:1]), (self.m, sizes[1:2]), (self.n, sizes[2:])
+            parts = (self.batch, sizes[:1]), (self.m, sizes[1:2])
         else:
-            parts = (self.batch, ()), (self.m, sizes[:-1]), (self.n, sizes[-1:])
-        return tuple(i for current, own in parts for i in self._along(current, own))
+            parts = (self.batch, ()), (self.m, sizes[:-1])
+        return *(i for current, own in parts for i in self._along(current, own)), self._column(fold)
 
-    def _right_index(self, each: Product, piece: int) -> Index:
-        sizes, along_k = self.region.sizes(each.right), self.depth.index(piece)
+    def _column(self, fold: int) -> sympy.Expr:
+        """The column in a fold, of all products."""
+        counted = self.columns.sizes(self.region.sizes(self.products[0].result)[-1])
+        return self.columns.index(self._along(self.n, counted), fold)
+
+    def _right_index(self, each: Product, fold: int, piece: int) -> Index:
+        along_k = self.depth.index(piece)
         if each.by_rows:
-            return (*self._along(self.n, sizes[:1]), along_k)
-        own = (along_k, *self._along(self.n, sizes[-1:]))
+            return self._column(fold), along_k
+        own = along_k, self._column(fold)
         return (*self._result_index()[:1], *own) if each.batched else own
 
 

@@ -62,7 +62,7 @@ def _programs(region: Region, sections: Sequence[MatmulSection]) -> list[int] | 
         shares = [cuts * each for each in tiles]
     else:
         shares = [max(1, device.processors * each // whole) for each in tiles]
-    blocks = (math.prod(list(section.blocks.values())[:2]) * len(section.products) for section in sections)
+    blocks = (math.prod(list(section.blocks.values())[:2]) * len(section.sums) for section in sections)
     sums = sum(size * (share + each) for size, share, each in zip(blocks, shares, tiles, strict=True))
     extra = device.launch + 2 * 4 * sums / device.bandwidth
     now, then = (
@@ -86,7 +86,7 @@ def _tiles(region: Region, section: MatmulSection) -> int:
 class DealtSection(MatmulSection):
     """What the two kernels have in common: how the steps are dealt out to `share` programs, and where sums lie.
 
-    scratch: the sums of each product, [slots, rows of a tile, columns of a tile].
+    scratch: the sums of each product in each fold of its columns, [slots, rows of a tile, columns of a tile].
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class DealtSection(MatmulSection):
         self.tiles = super().programs
         bm, bn, _ = self.blocks
         elements = f"({self.tiles} + {share}) * {bm} * {bn}"
-        self.scratch = [Scratch(f"parts{number}_{i}", torch.float32, elements) for i in range(len(products))]
+        self.scratch = [Scratch(f"parts{number}_{i}", torch.float32, elements) for i in range(len(self.sums))]
 
     def _dealing(self) -> list[str]:
         """How many steps there are of one tile, of all, and of one program."""
@@ -182,7 +182,7 @@ class MergeSection(DealtSection):
             f"last_{number} = tl.cdiv(({tile} + 1) * steps_{number}, run_{number})",
         ]
         shape = f"[{bn}, 1]" if self.one_row else f"[{self.height}, {bn}]"
-        totals = [self.names.new("acc") for _ in self.products]
+        totals = [self.names.new("acc") for _ in self.sums]
         lines += [f"{name} = tl.full({shape}, 0, tl.float32)" for name in totals]
         lines.append(f"for turn_{number} in range(first_{number}, last_{number}):")
         for place, name in enumerate(totals):

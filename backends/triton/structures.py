@@ -6,6 +6,7 @@ scans are only named here (`is_reduction`); `rows.py` computes them.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from graphopt.backends.triton import expressions, gathers, scatters
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
-from graphopt.index_map import Index, Ranges, is_nonnegative, unflatten, upper_bound
+from graphopt.index_map import Index, lies_between, unflatten
 from graphopt.row_ops import REDUCTIONS, SPLITS, is_bitcast, may_restride
 
 aten = torch.ops.aten
@@ -200,34 +201,26 @@ def _cat(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:
     given: Any = node.args[0]
     parts = [p for p in given if p in listed and (p.meta["val"].dim() == len(index) or p.meta["val"].numel() != 0)]
     dim = int(_argument(node, 1, "dim", 0)) % len(index)
-    begin: sympy.Expr = sympy.Integer(0)
+    ends = list(itertools.accumulate((e.region.sizes(part)[dim] for part in parts), initial=sympy.Integer(0)))
+    bounds = [(part, *span, (*index[:dim], sympy.expand(index[dim] - span[0]), *index[dim + 1 :]))
+              for part, span in zip(parts, itertools.pairwise(ends), strict=True)]
+    for part, begin, end, inner in bounds:
+        if lies_between(index[dim], begin, end, e.ranges):
+            value = e.value(part, inner, guard)
+            return Value(_as(value, dtype), dtype, value.uses)
     place, uses = e.index_text(sympy.expand(index[dim]))
     chosen: Value | None = None
     pieces: list[tuple[str, Value]] = []
-    for part in parts:
-        size = e.region.sizes(part)[dim]
-        end = begin + size
-        if _lies_between(index[dim], begin, end, e.ranges):
-            value = e.value(part, (*index[:dim], sympy.expand(index[dim] - begin), *index[dim + 1 :]), guard)
-            return Value(_as(value, dtype), dtype, value.uses)
-        if size != 0:
-            bounds = [f"({place} >= {text_of(begin, True)})"] * (begin != 0) + [f"({place} < {text_of(end, True)})"]
-            inner = (*index[:dim], sympy.expand(index[dim] - begin), *index[dim + 1 :])
-            test = e.also(" & ".join(bounds), uses, guard)
+    for part, begin, end, inner in bounds:
+        if begin != end:
+            tests = [f"({place} >= {text_of(begin, True)})"] * (begin != 0) + [f"({place} < {text_of(end, True)})"]
+            test = e.also(" & ".join(tests), uses, guard)
             pieces.append((test[0], e.value(part, inner, test)))
-        begin = end
     for condition, value in reversed(pieces):
         text = _as(value, dtype)
         chosen = Value(text, dtype, value.uses) if chosen is None else e.settle(
             f"tl.where({condition}, {text}, {chosen.text})", dtype, chosen.uses | value.uses | uses)
     return chosen or Value(_as(Value("0", torch.int64), dtype), dtype)
-
-
-def _lies_between(place: sympy.Expr, begin: sympy.Expr, end: sympy.Expr, ranges: Ranges) -> bool:
-    """Is an index known to lie in one piece of a join? What has an upper bound is a sum that begins at its constant."""
-    highest = upper_bound(place, ranges)
-    lowest = sympy.expand(place).as_coeff_Add()[0]
-    return highest is not None and is_nonnegative(lowest - begin) and is_nonnegative(end - 1 - highest)
 
 
 def _pad(e: Evaluator, node: Node, index: Index, guard: Guard | None) -> Value:

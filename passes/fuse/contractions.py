@@ -1,6 +1,7 @@
 """What matrix products take into their kernel: an epilogue behind them, and with few rows a prologue before them.
 
-The epilogue is elementwise over the product (bias, activation, gate, residual, cast). The prologue is the region of
+The epilogue is elementwise over the product (bias, activation, gate, residual, cast), or joins its columns anew
+(`joined_columns.py`: rotary embedding). The prologue is the region of
 rows that makes the left operand, a norm above all: with at most `FEW_ROWS` rows every program computes it again from
 the cache, which costs less than writing and reading it; with more rows it stays a kernel of its own.
 """
@@ -17,6 +18,7 @@ from graphopt.index_inverse import ONE_TO_ONE
 from graphopt.index_map import IDENTITIES, RESHAPES, size_expression
 from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers, source_of
+from graphopt.passes.fuse.joined_columns import absorb_joined
 from graphopt.passes.fuse.joining import group_rows, numel
 from graphopt.passes.fuse.writes import is_write, rows_of_write
 from graphopt.row_ops import CONSTANTS, DTYPES, ELEMENTWISE, is_fusable
@@ -33,8 +35,6 @@ CONTRACTIONS: frozenset[Any] = frozenset({
 })
 
 
-
-
 def absorb_readers(groups: Groups, contraction: Node) -> None:
     """Make a region of a contraction and the elementwise nodes behind it."""
     if not _has_kernel(contraction):
@@ -43,6 +43,10 @@ def absorb_readers(groups: Groups, contraction: Node) -> None:
     if isinstance(contraction.meta["val"], (tuple, list)):
         results = [u for u in contraction.users if u.target is operator.getitem]
     group = groups.new("linear", [contraction, *(r for r in results if r is not contraction)])
+    for result in results:
+        for node in absorb_joined(groups, group, result, LONGEST_EPILOGUE):
+            for reader in filter(is_write, consumers(node)):
+                _extend_by_write(groups, group, reader)
     readers = {reader: numel(result) for result in reversed(results) for reader in consumers(result)}
     for node in sorted(readers, key=groups.order.__getitem__):
         _extend(groups, group, node, readers[node], contraction)

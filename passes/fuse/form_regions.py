@@ -10,8 +10,9 @@ becomes
     h, n = region_0(x, y)            # rows: reads x and y once, writes h and n once
     a = region_1(n, wg, wu)          # linear with its gate
 
-1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region, and before it
-   what makes an operand from fewer bytes (`operands.py`): weights that are dequantised, after `expand_quantized.py`.
+1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region, rotary
+   embedding and other joins of its columns too (`joined_columns.py`), and before it what makes an operand from fewer
+   bytes (`operands.py`): weights that are dequantised, after `expand_quantized.py`.
 2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
 3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
 4. A write of new rows into a cache ends the region that makes the rows (`writes.py`).
