@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from graphopt.backends.triton import expressions, helpers
+from graphopt.backends.triton import copies, expressions, helpers
 from graphopt.backends.triton.buffers import Buffers, Slot, last_uses, shape_text
 from graphopt.backends.triton.kernels import generate
 from graphopt.backends.triton.printer import text_of
@@ -111,8 +111,12 @@ class Writer:
         last_use = last_uses(nodes)
         placeholders = [n for n in nodes if n.op == "placeholder"]
         self._bind_inputs(placeholders)
+        together = copies.runs(nodes)
         for place, node in enumerate(nodes):
-            if node.op == "output":
+            if copies.is_plain(node):
+                self._names[node] = self._text(node.args[0])
+                self._copy(together.get(node, []))
+            elif node.op == "output":
                 self.lines.append(f"return {self._text(node.args[0])}")
             elif node.op != "placeholder":
                 self._node(node, self._names, "")
@@ -194,6 +198,13 @@ class Writer:
         if isinstance(value, torch.Tensor) and target not in ALIASING_VIEWS and not target._schema.is_mutable:
             text = f"laid_out({text}, {shape_text(value.shape)}, {shape_text(value.stride())})"
         self.lines.append(f"{names[node]} = {text}")
+
+    def _copy(self, run: list[Node]) -> None:
+        """Copies into memory of the caller, all at once at the last of a run."""
+        if run:
+            self.updated = True
+            sides = (", ".join(self._text(node.args[side]) for node in run) for side in (0, 1))
+            self.lines.append("torch._foreach_copy_({})".format(", ".join(f"[{side}]" for side in sides)))
 
     def _region(self, node: Node) -> None:
         module = self.graph_module.get_submodule(str(node.target))
