@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._functorch._aot_autograd import runtime_wrappers
 from torch._guards import TracingContext
 
 _TOLD_BY = {
@@ -65,8 +66,15 @@ def is_control_flow(error: BaseException) -> bool:
 
 
 def suggest_dynamic(tensor: torch.Tensor, dim: int) -> None:
-    """Let Dynamo treat the size of `dim` as a symbol from the first time it sees `tensor` (it may decline)."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    """Let Dynamo treat the size of `dim` as a symbol from the first time it sees `tensor` (it may decline).
+
+    torch 2.13 has a mark of its own for what compilers make, which costs no guard; older ones have the users' alone.
+    """
+    mark = getattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices", None)
+    if mark is not None:
+        mark(tensor, {dim})
+    else:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def prepare_dynamo() -> None:

@@ -74,14 +74,23 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Run:
+    """Steps that are done together: their numbers, their function, and their arguments out of all values of a call."""
+
+    numbers: tuple[int, ...]
+    function: str
+    arguments: Callable[[list[Any]], list[tuple[Any, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Packing:
-    """The numbers of the steps that pack weights, the positions of those weights among the inputs, and in runs of steps
-    that are done together all other steps, and all."""
+    """The numbers of the steps that pack weights, those weights out of the values of a call, and in runs of steps that
+    are done together all other steps, and all."""
 
     steps: frozenset[int]
-    weights: tuple[int, ...]
-    others: tuple[tuple[int, ...], ...]
-    all: tuple[tuple[int, ...], ...]
+    weights: Callable[[list[Any]], list[Any]]
+    others: tuple[_Run, ...]
+    all: tuple[_Run, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,33 +113,32 @@ class Prologue:
 
         def call(inputs: list[Any]) -> list[Any]:
             values = self._values(inputs)
-            return epilogue(values, compiled([values[index] for index in self.results]))
+            return epilogue(values, compiled(self._results(values)))
 
         return call
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """The compiled graph's inputs. Empties `inputs`, as boxed callables do."""
-        values = self._values(inputs)
-        return [values[index] for index in self.results]
+        return self._results(self._values(inputs))
 
     def _values(self, inputs: list[Any]) -> list[Any]:
         values = list(inputs)
         inputs.clear()
         count = len(values)
         packing = self._packing(count)
-        weights = [values[position] for position in packing.weights]
+        weights = packing.weights(values)
         kept = self._kept.get("packs")
         current = kept is not None and kept[0].holds(weights)
         values += kept[1] if kept is not None and current else [None] * len(self.steps)
         for run in packing.others if current else packing.all:
-            first = self.steps[run[0]]
-            given = [tuple(_resolve(argument, values) for argument in self.steps[number].args) for number in run]
-            if len(run) > 1:
-                for number, result in zip(run, _together[first.function](given), strict=True):
+            if len(run.numbers) > 1:
+                for number, result in zip(run.numbers, _together[run.function](run.arguments(values)), strict=True):
                     values[count + number] = result
             else:
-                kwargs = {name: _resolve(argument, values) for name, argument in first.kwargs}
-                values[count + run[0]] = _function_of(first)(*given[0], **kwargs)
+                step = self.steps[run.numbers[0]]
+                args = (_resolve(argument, values) for argument in step.args)
+                kwargs = {name: _resolve(argument, values) for name, argument in step.kwargs}
+                values[count + run.numbers[0]] = _function_of(step)(*args, **kwargs)
         if packing.steps and not current:
             results = [values[count + number] if number in packing.steps else None for number in range(len(self.steps))]
             pages.enlarge(tree_leaves(results))
@@ -144,6 +152,10 @@ class Prologue:
     def _kept(self) -> dict[str, tuple[packs.Snapshot, list[Any]]]:
         """What packing steps gave, by the number of the step, and the weights it was made from as they were."""
         return {}
+
+    @functools.cached_property
+    def _results(self) -> Callable[[list[Any]], list[Any]]:
+        return _taking(self.results)
 
     def _packing(self, count: int) -> _Packing:
         """Which steps pack weights, in a call with `count` inputs."""
@@ -159,11 +171,11 @@ class Prologue:
                     weights.update(dict.fromkeys(index for index in read if index < count))
             every = range(len(self.steps))
             others = self._runs([number for number in every if number not in steps], count)
-            found = _Packing(frozenset(steps), tuple(weights), others, self._runs(every, count))
+            found = _Packing(frozenset(steps), _taking(tuple(weights)), others, self._runs(every, count))
             self.__dict__["_packing_steps"] = found
         return found
 
-    def _runs(self, numbers: Sequence[int], count: int) -> tuple[tuple[int, ...], ...]:
+    def _runs(self, numbers: Sequence[int], count: int) -> tuple[_Run, ...]:
         """The steps in their order, with those in one run that follow each other and can be done together."""
         runs: list[list[int]] = []
         function = ""  # that the steps of the last run share, if there can be more of them
@@ -176,7 +188,34 @@ class Prologue:
             else:
                 runs.append([number])
             function = "" if alone else step.function
-        return tuple(map(tuple, runs))
+        return tuple(
+            _Run(tuple(run), self.steps[run[0]].function, _arguments([self.steps[number].args for number in run]))
+            for run in runs
+        )
+
+
+def _taking(positions: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+    """A function that takes these out of a list: for hundreds of them the loop must not be one of Python."""
+    if len(positions) < 2:
+        return lambda values: [values[position] for position in positions]
+    take = operator.itemgetter(*positions)
+    return lambda values: list(take(values))
+
+
+def _arguments(steps: Sequence[tuple[Any, ...]]) -> Callable[[list[Any]], list[tuple[Any, ...]]]:
+    """A function from all values of a call to the arguments of each step."""
+
+    def column(arguments: tuple[Any, ...]) -> Callable[[list[Any]], Sequence[Any]]:
+        if all(isinstance(argument, Input) for argument in arguments):
+            return _taking([argument.index for argument in arguments])
+        if not any(isinstance(argument, (Input, tuple)) for argument in arguments):
+            return lambda values: arguments
+        return lambda values: [_resolve(argument, values) for argument in arguments]
+
+    if len({len(arguments) for arguments in steps}) > 1:
+        return lambda values: [tuple(_resolve(argument, values) for argument in arguments) for arguments in steps]
+    columns = [column(arguments) for arguments in zip(*steps, strict=True)]
+    return lambda values: list(zip(*(of(values) for of in columns), strict=True))
 
 
 def _function_of(step: Step) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import graphopt.errors
 from graphopt import counters, ops
@@ -296,8 +297,17 @@ def test_many_caches_at_once() -> None:
     assert [shares_memory(a, b) for a, b in zip(grown, pasts, strict=True)] == [True, False, False, False, True]
     for past, longer in zip(pasts, grown, strict=True):
         assert longer.shape[2] == past.shape[2] + 1 and torch.equal(longer[:, :, :-1], past)
-        assert longer._dynamo_weak_dynamic_indices == {2}  # type: ignore[attr-defined]
     assert torch.equal(taken[:, :, :-1], forked)
+
+
+def test_a_cache_is_compiled_for_any_length_at_first_sight() -> None:
+    counter = CompileCounter()
+    total = torch.compile(lambda cache: cache.sum(2), backend=counter)
+    cache = start()
+    for _ in range(3):
+        cache = append(cache, rows(1))
+        assert torch.equal(total(cache), cache.sum(2))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])

@@ -80,3 +80,21 @@ def test_reservations_are_made_together_unless_one_continues_another() -> None:
     assert [room.shape[2] for room in rooms] == [6, 7, 9, 11]
     for room, past in zip(rooms, pasts * 2, strict=True):
         assert torch.equal(room[:, :, : past.shape[2]], past)
+
+
+def test_what_is_done_together_gets_the_arguments_of_each_step() -> None:
+    """From inputs, from constants, from inputs in one step and constants in another, from results of earlier steps."""
+    reserve, at = "graphopt.kv_reserve.default", prologue.Input
+    steps = (
+        prologue.Step(reserve, (at(0), at(2), 2)),
+        prologue.Step(reserve, (at(1), 3, 2)),
+        prologue.Step("add", (at(2), 1)),
+        prologue.Step(reserve, (at(3), at(5), 2)),
+        prologue.Step(reserve, (at(4), at(5), 2)),
+    )
+    made = prologue.Prologue(steps, (3, 4, 6, 7, 5))
+    for count in (4, 6):
+        pasts = [torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4)]
+        *rooms, number = made([*pasts, count])
+        assert number == count + 1
+        assert [room.shape[2] for room in rooms] == [5 + count, 9, 5 + 2 * count + 1, 10 + count]
