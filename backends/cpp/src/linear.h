@@ -1,7 +1,7 @@
 // Small-batch linear: weight rows are streamed once, in the order they lie in memory, against rows of x kept in cache.
 //
 // A row-major [n, k] weight needs no packing for this: a dot product along k reads it contiguously. For up to four rows
-// of x the weight is read exactly as it lies, which the hardware's prefetcher follows best. More go by linear_columns.h
+// of x the weight is read exactly as it lies, and asked for a little ahead (`read_once`). More go by linear_columns.h
 // where the instruction set multiplies the weight as it is stored; else four weight rows go together, so that each load
 // of x is used four times. The horizontal sums of four rows share their shuffles.
 #pragma once
@@ -57,6 +57,12 @@ struct Paired {
 constexpr int rows_at_once = 4;                    // of weight
 constexpr int columns_at_once = lanes == 16 ? 4 : 2;  // rows of x: what fits in the registers
 constexpr int64_t prefetch_bytes = 8192;           // how far ahead of the reads, over all rows at once
+constexpr int64_t read_once_bytes = 4096;          // the same where the weight is read as it lies
+
+// Asks for a line of what is read in the order it lies, once in a step and then not before all other weights: past the
+// larger caches, which need not write back what nobody will ask them for. On Zen 3 (two threads, all linears of a model in
+// a row) that made reading bf16 11 % and int8 8 % faster than the hardware's prefetcher and than going by the second level.
+INLINE void read_once(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + read_once_bytes, 0, 0); }
 
 // Where the reads of a group of weight rows will be prefetch_bytes later: further along the rows, or where a row ends
 // before that, in a later group. The hardware's prefetcher stops at each 4 KiB page; this one does not.
@@ -130,7 +136,10 @@ INLINE void dot_rows(const typename M::Storage::T* w, int64_t ldw, const typenam
     int64_t i = 0;
     for (; i < most; i += steps * M::step)
 #pragma GCC unroll 4
-      for (int s = 0; s < steps; ++s) add(s, M::weight(w + i + s * M::step), i + s * M::step);
+      for (int s = 0; s < steps; ++s) {
+        if (s * M::step * int64_t(sizeof *w) % 64 == 0) read_once(w + i + s * M::step);
+        add(s, M::weight(w + i + s * M::step), i + s * M::step);
+      }
     for (; i < whole; i += M::step) add(0, M::weight(w + i), i);
     if (i < k) add(0, M::weight_tail(w + i, k - i), i);
     for (int c = 0; c < columns; ++c) {

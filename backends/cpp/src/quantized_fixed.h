@@ -86,14 +86,13 @@ INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const R
     const auto* x = packed.x + m * packed.ldx + s * Fixed::vectors;
     for (int c = 0; c < columns; ++c) acc[r][c] = Fixed::add<group>(acc[r][c], codes, x + c * packed.ldx, scale, of);
   };
-  // The four rows lie behind each other: what is asked for ahead of time is asked for in the order of memory, and for the
-  // second-level cache, since more lines can be under way to that than to the first.
-  const uint8_t* soon = w[0] + prefetch_bytes;
+  // The four rows lie behind each other: what is asked for ahead of time is asked for in the order of memory.
+  const uint8_t* soon = w[0];
   const int64_t whole = task.row_bytes / Read::step_bytes, left = task.row_bytes % Read::step_bytes;
   for (int64_t s = 0; s < whole; ++s)
 #pragma GCC unroll 4
     for (int r = 0; r < rows_at_once; ++r, soon += Read::step_bytes)
-      __builtin_prefetch(soon, 0, 2), step(r, w[r] + s * Read::step_bytes, scales[r], s, s);
+      read_once(soon), step(r, w[r] + s * Read::step_bytes, scales[r], s, s);
   if (left)
     for (int r = 0; r < rows_at_once; ++r) {
       uint8_t codes[64];
