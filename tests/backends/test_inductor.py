@@ -128,6 +128,7 @@ def test_a_graph_it_cannot_compile_runs_by_its_meaning(monkeypatch: pytest.Monke
         compiled(lambda x: x.sin() + 3, strict=True)(x)
 
 
+@pytest.mark.rotate(one_in=4)
 @DTYPES
 @pytest.mark.parametrize("half", (1, 5, 32))
 @pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "pairs"))

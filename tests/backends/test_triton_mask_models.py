@@ -82,6 +82,7 @@ def logits(model: nn.Module) -> Callable[..., Tensor]:
     return function
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
 @pytest.mark.parametrize("name", ["Mistral", "Gemma2", "Gemma3", "Llama"])
 def test_prompts(name: str, padded: bool) -> None:
@@ -91,6 +92,7 @@ def test_prompts(name: str, padded: bool) -> None:
     assert agrees(logits(build(name)), *inputs, rows=mask.bool() if padded else None) == [0, 0]
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
 @pytest.mark.parametrize(("name", "masks"), [("Bloom", [0, 0]), ("Mpt", [])])
 def test_alibi_added_between_two_products(name: str, masks: list[int], padded: bool) -> None:

@@ -21,6 +21,7 @@ def report(path: Path, *arguments: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
+@pytest.mark.rotate(one_in=4)
 def test_programs_agree_under_the_interpreter(tmp_path: Path) -> None:
     found = report(tmp_path / "found.json", "--device", "cpu", "--parts", "programs")
     names = {f"{program.name} {dtype}" for program in programs.programs(small=True) for dtype in programs.DTYPES}

@@ -44,6 +44,7 @@ def test_tokens_are_those_of_eager(scenario: Callable[[Any], Tensor], form: str)
     assert torch.equal(scenario(compiled(**FORMS[form])), scenario(scenarios.tiny_llama()))
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize(("form", "kind"), [("plain", Tensor), ("paged", PagedCache), ("int4", QuantizedCache)])
 def test_two_graphs_caches_of_their_form_and_few_copies(form: str, kind: type[Tensor]) -> None:
     model, before = compiled(**FORMS[form]), counters.copy()

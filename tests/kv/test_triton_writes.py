@@ -47,6 +47,7 @@ def prepare(graph_module: GraphModule) -> None:
     pipeline.run(graph_module, backend.arranged(options, "triton"), options)
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("options", [{}, {"kv_dtype": "int8"}, {"kv_cache": "paged"}], ids=["plain", "int8", "paged"])
 def test_token_by_token_with_growth_in_between(options: dict[str, str], steps: list[CompiledGraph]) -> None:
     model, before = compiled(scenarios.tiny_llama(), **options), counters["kv_copies"]

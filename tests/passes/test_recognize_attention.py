@@ -66,6 +66,7 @@ SPELLINGS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spelling(spelling: str) -> None:
     found = check_pass(PASSES, SPELLINGS[spelling], inputs(), second=inputs(batch=3))
