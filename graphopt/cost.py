@@ -23,7 +23,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from graphopt import _compat, grouped
-from graphopt.index_map import ALIASING_VIEWS, product, size_expression
+from graphopt.index_map import ALIASING_VIEWS, RESHAPES, product, size_expression
 from graphopt.ops import WRITES
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
 from graphopt.runtime import pages
@@ -355,7 +355,7 @@ def _picked(node: Node) -> sympy.Expr | None:
         if user.target in WRITES and user.args[0] is node:
             read.append(_ZERO)
             continue
-        inner = _picked(user) if user.target is aten.permute.default else None
+        inner = _picked(user) if user.target in RESHAPES | {aten.permute.default} else None
         if inner is None:
             return None
         read.append(inner)

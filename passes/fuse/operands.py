@@ -2,7 +2,7 @@
 
 A dequantised weight, a weight that is cast to a wider type, rows that are widened: to store them would cost more than
 to read what they are made of, and they are made anew for each tile from the cache. The nodes must be readable at any
-place (elementwise, views, pieces of a join), and nothing but the product may need them.
+place (elementwise, views, pieces of a join, rows that are picked), and nothing but the product may need them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_view
 aten = torch.ops.aten
 _CASTS = frozenset({torch.ops.prims.convert_element_type.default, aten._to_copy.default})
 _JOINS = frozenset({aten.cat.default})
+_PICKS = frozenset({aten.index_select.default, aten.index.Tensor})
 
 
 def absorb_operands(groups: Groups, contraction: Node) -> None:
@@ -41,10 +42,13 @@ def _made_for(groups: Groups, contraction: Node, operand: Node, left: bool) -> l
     while waiting:
         node = max(waiting, key=groups.order.__getitem__)
         waiting.remove(node)
-        fits = is_view(node) or (_widens(node) if left else node.target in ELEMENTWISE | _JOINS)
+        fits = is_view(node) or (_widens(node) if left else node.target in ELEMENTWISE | _JOINS | _PICKS)
         private = all(user is contraction or user in inside for user in node.users)
         if is_fusable(node) and fits and private and node not in groups.of:
             inside[node] = None
+            if node.target in _PICKS:
+                read[node] = None  # of what it picks from, so much is read
+                continue
             waiting |= {source for source in node.all_input_nodes if source.target not in CONSTANTS}
         else:
             read[node] = None

@@ -206,18 +206,6 @@ def test_a_weight_row_is_not_read_beyond_its_end(scheme: str, rows: int) -> None
     assert got.isfinite().all(0).tolist() == [True, False, True, False, True]
 
 
-def test_experts_run_by_their_meaning() -> None:
-    x, ends, parts = torch.randn(6, 64), torch.tensor([2, 6]), packed("int8-g64", 2 * 16, 64)
-
-    def function(x: Tensor, ends: Tensor, *parts: Tensor) -> Tensor:
-        found: Tensor = operations.quantized_grouped_linear(x, list(parts), ends, "int8-g64")
-        return found
-
-    got, (compiled,) = run(function, x, ends, *parts, prepare=form_regions)
-    torch.testing.assert_close(got, function(x, ends, *parts))
-    assert [f.target for f in compiled.fallbacks] == ["graphopt.quantized_grouped_linear.default"]
-
-
 def test_the_cost_of_a_region_counts_packed_bytes() -> None:
     from graphopt import cost
 
