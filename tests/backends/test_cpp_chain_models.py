@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
 }
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decode_step_is_one_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, own = MODELS[name]

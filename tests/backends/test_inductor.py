@@ -29,6 +29,7 @@ def every_pair(values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 
 
+@pytest.mark.rotate(one_in=4)
 @DTYPES
 @pytest.mark.parametrize(
     "function",
@@ -45,6 +46,7 @@ def test_floor_division(function: Callable[[Tensor, Tensor], Tensor], dtype: tor
     torch.testing.assert_close(compiled(function)(a, b), function(a, b), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.rotate(one_in=4)
 @DTYPES
 @pytest.mark.parametrize(
     "function",
@@ -82,6 +84,7 @@ def test_strides_of_a_part(function: Callable[[Tensor], Any]) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("counts_padding", (False, True))
 def test_gradient_of_padded_average_pooling(counts_padding: bool) -> None:
     def pooled(x: Tensor) -> Tensor:
@@ -154,6 +157,7 @@ def test_rotation_makes_no_view_for_a_half() -> None:
     assert "reinterpret_tensor(buf" not in code and code.count("cpp_pybinding(") == 1
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_equal_gradients_of_two_parameters(dtype: torch.dtype) -> None:
     """One reduction, stored twice: Inductor's C++ of torch 2.13 does not compile for two-byte numbers."""
@@ -171,6 +175,7 @@ def test_equal_gradients_of_two_parameters(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, [bias.grad for bias in biases], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("reduce", (torch.sum, torch.amax, torch.amin, torch.mean), ids=lambda f: f.__name__)
 def test_equal_reductions_are_outputs_of_their_own(reduce: Callable[..., Tensor]) -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,7 @@ LONG = 2 * SPLIT_KEYS + 70
 SPLITS = [(1, 6, 1, LONG, 16, 16, 2), (2, 4, 3, LONG, 24, 40, 4), (1, 2, 2, 20 * SPLIT_KEYS + 1, 16, 16, 1)]
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("shape", SPLITS)
 @pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"softcap": 5.0}, {"window": 7}], ids=str)
 def test_keys_of_few_queries_are_shared_out(shape: tuple[int, ...], settings: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def check(form: Parts, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     assert result.dtype == q.dtype and result.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.rotate(one_in=3)
 @EACH_FORM
 @pytest.mark.parametrize("keys", [1, 15, 16, 47, 48, 90])
 def test_every_length_and_group(form: Parts, keys: int) -> None:
@@ -55,6 +56,7 @@ def test_sixteen_bit_rows(form: Parts, dtype: torch.dtype) -> None:
     check(form, *(operand.to(dtype) for operand in operands((4, 2), 1, 100, 32)))
 
 
+@pytest.mark.rotate(one_in=2)
 @EACH_FORM
 @pytest.mark.parametrize("queries", [3, 20])
 def test_several_queries_masks_and_settings(form: Parts, queries: int) -> None:

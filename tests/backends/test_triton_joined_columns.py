@@ -66,6 +66,7 @@ def launched(function: Any, *inputs: Tensor, prepare: Any = fuse, **options: Any
     return got, compiled
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("dtype", [torch.float32, bf16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [(1, 1), (1, 5), (2, 3), (2, 40)], ids=str)
 @pytest.mark.parametrize("name", ROTATIONS)

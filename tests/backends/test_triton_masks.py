@@ -133,6 +133,7 @@ def largest_input(compiled: CompiledGraph, queries: int, keys: int) -> int:
     )
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_masks_are_computed_in_the_kernel(case: Mask, shape: tuple[int, ...]) -> None:

@@ -70,6 +70,7 @@ def logits(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda ids: model(ids, use_cache=False).logits
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_answers_as_eager(name: str) -> None:
     torch.manual_seed(0)

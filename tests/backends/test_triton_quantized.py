@@ -65,6 +65,7 @@ def check_product(scheme: str, dtype: torch.dtype, rows: int, columns: int, dept
     return compiled
 
 
+@pytest.mark.rotate(one_in=4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
 @pytest.mark.parametrize("scheme", MAIN)
@@ -115,6 +116,7 @@ def test_every_code_and_scale_of_a_byte_is_taken_apart_rightly() -> None:
     assert elementwise._to_e4m3(halfway).equal(halfway.to(torch.float8_e4m3fn).float())
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("dtype", [torch.float32, bf16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("scheme", ["int8", "int8-g64", "int4-g32", "q4_k", "int8-dynamic", "fp8-dynamic"])
@@ -133,6 +135,7 @@ def test_with_few_rows_a_norm_is_the_prologue(scheme: str, rows: int, dtype: tor
     assert compiled.launches == 1
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", "nf4-g64", "int8-dynamic"])
 def test_parallel_weights_are_one_launch(scheme: str, rows: int) -> None:
@@ -155,6 +158,7 @@ def test_parallel_weights_are_one_launch(scheme: str, rows: int) -> None:
         assert compiled.launches == 1 + more
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", MAIN)
 def test_a_look_up_is_one_kernel(scheme: str, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ def tokens(model: nn.Module, count: int, **options: Any) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize(("scheme", "embeddings"), [("int8", False), ("int4", True), ("int8-dynamic", False)])
 def test_a_llama_gives_the_tokens_of_the_meaning(scheme: str, embeddings: bool) -> None:
     """strict: nothing may be left to torch."""

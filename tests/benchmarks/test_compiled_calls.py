@@ -39,6 +39,7 @@ def test_overhead_of_one_call(benchmark: Benchmark, backend: str) -> None:
         assert benchmark(compiled, x).tolist() == [1.0] * 8
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decode_step(benchmark: Benchmark, backend: str) -> None:
     """One token of a two-layer Llama with a growing cache."""

@@ -34,6 +34,7 @@ def tokens(model: Any, token: Tensor, cache: Any, count: int = 12) -> list[int]:
     return torch.cat(scenarios.follow(model, token, cache, count), 1).flatten().tolist()
 
 
+@pytest.mark.rotate(one_in=2)
 @TARGETS
 def test_every_scenario_on_one_compiled_model(target: str) -> None:
     eager, model, before = scenarios.tiny_llama(), compiled(scenarios.tiny_llama(), target), counters["rewrites"]

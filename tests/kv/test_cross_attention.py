@@ -39,6 +39,7 @@ def room(cache: Tensor) -> float:
     return cache.untyped_storage().nbytes() / cache.nbytes
 
 
+@pytest.mark.rotate(one_in=2)
 @MODELS
 def test_own_cache_grows_in_place_and_the_other_is_left_alone(name: str) -> None:
     expected, before = generated(seq2seq.MODELS[name](), name), counters["kv_bytes_copied"]

@@ -28,6 +28,7 @@ def tiny(model: Any, config: Any, **settings: Any) -> Any:
 FEW = (scenarios.greedy, scenarios.beams, scenarios.two_continuations, scenarios.assisted)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize(
     "scenario",
     [pytest.param(one, id=one.__name__, marks=() if one in FEW else pytest.mark.slow) for one in scenarios.SCENARIOS],
@@ -37,6 +38,7 @@ def test_tokens_are_those_of_eager(scenario: Callable[[Any], torch.Tensor]) -> N
     assert torch.equal(scenario(compiled(scenarios.tiny_llama(), strict=True)), expected)
 
 
+@pytest.mark.rotate(one_in=2)
 def test_lengths_that_are_found_equal_while_tracing() -> None:
     """Each layer's length has a symbol, which attention finds equal to others; inputs must tell the one that stays."""
 

@@ -31,6 +31,7 @@ def tensors(*caches: DynamicCache) -> list[Tensor]:
 FEW = (scenarios.greedy, scenarios.repeated_and_selected)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("target", ["cpu", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "scenario",

@@ -79,6 +79,7 @@ def test_a_batch_with_padding_on_the_left(steps: list[CompiledGraph]) -> None:
     assert steps and not any("graphopt.kv_write" in step.source for step in steps)
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_cache_shows_the_new_rows_and_keeps_the_old(dtype: torch.dtype, rows: int) -> None:
@@ -194,6 +195,7 @@ def fixed_caches(model: Any, batch: int = 1) -> tuple[Tensor, Any]:
     return scenarios.step(model, scenarios.prompt(batch=batch), cache)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("options", [{}, {"verify": "all"}], ids=["", "verified"])
 def test_steps_with_caches_of_fixed_size(steps: list[CompiledGraph], options: dict[str, str]) -> None:
     """One compiled step serves all places, writes the rows where the device says, and reads no block behind them."""

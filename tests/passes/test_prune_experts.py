@@ -188,6 +188,7 @@ def _stays_away(bias: Tensor) -> None:
     bias[2] = 1.0
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("change", [_comes_back, _others_go, _stays_away])
 @pytest.mark.parametrize("kind", ["stack", "loop", "corrected"])
 def test_chosen_again_after_the_bias_changes(kind: str, change: Any) -> None:

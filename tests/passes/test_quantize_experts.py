@@ -110,6 +110,7 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(config).eval()
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("target", ("reference", "cpu"))
 def test_a_mixtral_answers_within_the_error_of_its_scheme(target: str) -> None:
     model = mixtral()
@@ -134,6 +135,7 @@ def test_saved_experts_are_not_packed_again(tmp_path: Path, monkeypatch: pytest.
         assert torch.equal(run(x, ENDS), answer)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_released_experts_are_gone_and_answers_stay(dtype: torch.dtype) -> None:
     model, ids = mixtral().to(dtype), torch.arange(7)[None] + 3

@@ -58,6 +58,7 @@ def test_off_unless_asked_for() -> None:
     assert lossy(Options()) == ()
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_linears_of_a_block(scheme: str) -> None:
     torch.manual_seed(0)
@@ -172,6 +173,7 @@ def test_refuses_names_left_out_by_the_user() -> None:
     assert_refused(Block(), [torch.randn(3, 64)], Quantize("int8", skip="weight"), "down.weight: skip='weight'")
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_can_be_left_out_or_have_its_own_scheme(tied: bool) -> None:
     ids = [torch.randint(0, 80, (2, 5))]

@@ -50,6 +50,7 @@ def _through_data(weight: nn.Parameter) -> None:
 CHANGES = (_in_place, _on_a_slice, _data_swap, _transposed_data, _through_data)
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 @pytest.mark.parametrize("name", ["o", "v", "down"])
 def test_alive_on_the_next_call(block: Block, change: Callable[[nn.Parameter], None], name: str) -> None:

@@ -76,6 +76,7 @@ def write(path: Path, model, kind: str, others: dict[str, str] | None = None) ->
     writer.close()
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_blocks_are_taken_without_rounding(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = make(256 if kind == "Q4_K" else 64), tmp_path / "model.gguf"

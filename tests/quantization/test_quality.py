@@ -57,6 +57,7 @@ def test_fewer_bits_diverge_more(model, ids) -> None:
     assert coarse.plan.bytes_after < fine.plan.bytes_after
 
 
+@pytest.mark.rotate(one_in=2)
 def test_every_one_of_many_schemes_is_compiled(model, ids) -> None:
     """Dynamo compiles a function no more than eight times, and then runs it as it is: nothing would seem lost."""
     asked = [Quantize(scheme, group_size=group) for scheme in ("int8", "int4", "nf4") for group in (32, 64, 128)]

@@ -33,6 +33,7 @@ def test_one_generate_is_at_most_three_graphs(name: str) -> None:
     assert door.graph_breaks() == {}
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_lengths_and_batches_share_graphs(cache: str, record_property: Any) -> None:
     """Three prompt lengths and two batch sizes: the graphs stop growing, and Dynamo's limit of eight stays away."""

@@ -158,6 +158,7 @@ CHANGES = [value for name, value in list(globals().items()) if name.startswith("
            and callable(value) and name != "_fresh_like"]  # fmt: skip
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_next_call_after(change: Callable[[_Layer], Any], target: str) -> None:
     torch.manual_seed(3)
