@@ -203,6 +203,7 @@ def _copy(tree: Any) -> Any:
         if tensor.layout != torch.strided:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
         twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        twin.untyped_storage().fill_(0)  # as_strided reads what lies between the elements
         twin = twin.copy_(tensor.detach()) if _dense(tensor) else tensor.detach().clone()
         return twin.requires_grad_(tensor.requires_grad)
 
