@@ -61,7 +61,7 @@ void dequantize(const QuantizedTask& task, bool scaled, typename S::T* out, int6
     }
     for (int64_t first = 0; first < count; first += lanes) {
       if (task.group)
-        with_parameters(task, [&]<class P>() INLINE_LAMBDA {
+        with_parameters<false>(task, [&]<class P>() INLINE_LAMBDA {
           scales = P::scales(task, n, first);
           if (task.offsets) offsets = P::offsets(task, n, first, scales);
         });

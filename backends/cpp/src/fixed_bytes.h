@@ -60,7 +60,7 @@ INLINE float fixed_factor(const uint16_t* row, int64_t k, float& unit) {
 // Codes of int8, raised by 128.
 struct RaisedBytes {
   static constexpr int64_t step_bytes = 64;
-  static constexpr bool in_runs = false;
+  static constexpr bool has_offsets = false;
   explicit RaisedBytes(Codes) {}
   INLINE __m512i operator()(const uint8_t* p) const { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
 };
@@ -74,7 +74,8 @@ struct FixedBytes {
   static INLINE void with_reader(const QuantizedTask& task, const Call& f) { by_group<RaisedBytes>(task, f); }
 
   // Packs a row, and its factor. False if it is not one for fixed point.
-  static INLINE bool place(Codes, const uint16_t* row, int64_t k, Vector* x, float& unit, float*) {
+  static INLINE bool place(const QuantizedTask& task, const uint16_t* row, Vector* x, float& unit, float*) {
+    const int64_t k = task.k;
     const float factor = fixed_factor(row, k, unit);
     if (factor != factor) return false;
     for (int64_t number = 0; number < round_up(k, 128) / run; ++number) {

@@ -1,4 +1,5 @@
-// Scales and offsets of packed weights: brought to float once for each row, one of each for every run of columns.
+// Scales and offsets of packed weights: brought to float once for each row, one of each for every run of columns, or once
+// for several rows, one of each for every group.
 //
 // They lie in one of a few forms. Which one is found once for many, not for each number.
 #pragma once
@@ -46,9 +47,10 @@ enum class Form { halves, powers, counts };
 // Parameters of this form, one for 1 << shift runs; with offsets or without.
 template <Form form, int shift, bool has_offsets>
 struct Parameters {
-  // Of the runs [from, from + lanes) of weight row n; zeros behind the last.
-  static INLINE F of_runs(const QuantizedTask& task, const void* all, const void* units, int64_t n, int64_t from) {
-    const int64_t first = from >> shift, count = task.groups - first;
+  // Of the runs [from, from + lanes) of weight row n; zeros behind the last. Rows without units may be read on over
+  // `rows` of them, as if they were one.
+  static INLINE F of_runs(const QuantizedTask& task, const void* all, const void* units, int64_t n, int64_t from, int64_t rows = 1) {
+    const int64_t first = from >> shift, count = rows * task.groups - first;
     if (count <= 0) return F{};
     const int64_t at = n * task.groups + first, readable = task.n * task.groups - at;
     F groups;
@@ -86,7 +88,27 @@ struct Parameters {
     for (int c = 0; c < columns; ++c) acc[c] = all[c];
   }
 
+  // Scales and offsets of all groups of `count` weight rows from n on. Those of as many rows behind them are asked for.
+  static void of_rows(const QuantizedTask& task, int64_t n, int64_t count, float* scales, float* offsets) {
+    read_rows(task, task.scales, task.scale_units, n, count, 1.0f, scales);
+    if constexpr (has_offsets) read_rows(task, task.offsets, task.offset_units, n, count, form == Form::counts ? -1.0f : 1.0f, offsets);
+  }
+
  private:
+  static INLINE void read_rows(const QuantizedTask& task, const void* all, const void* units, int64_t n, int64_t count, float sign, float* out) {
+    static_assert(shift == 0);
+    const int64_t together = form == Form::counts ? 1 : count, groups = together * task.groups, item = form == Form::halves ? 2 : 1;
+    const char* ahead = static_cast<const char*>(all) + (n + count) * task.groups * item;
+    for (int64_t row = 0; row < count; row += together, out += groups)
+      for (int64_t i = 0; i < groups; i += lanes) {
+        __builtin_prefetch(ahead + (row * task.groups + i) * item);
+        if (form == Form::halves && groups - i >= lanes)
+          store(out + i, Fp16::widen(static_cast<const uint16_t*>(all) + n * task.groups + i));
+        else
+          store(out + i, splat(sign) * of_runs(task, all, units, n + row, i, together));
+      }
+  }
+
   // The units of the groups [first, first + lanes): of two times 8 groups, or of 8.
   static INLINE F units_of(const QuantizedTask& task, const uint16_t* units, int64_t n, int64_t first) {
     const int64_t all = unit_count(task.groups), number = first >> unit_shift;
@@ -104,8 +126,8 @@ struct Parameters {
   }
 };
 
-// Calls f.operator()<P>() with the Parameters of a weight that has groups.
-template <class Call>
+// Calls f.operator()<P>() with the Parameters of a weight that has groups: of its runs, or of its groups themselves.
+template <bool of_groups, class Call>
 INLINE void with_parameters(const QuantizedTask& task, const Call& f) {
   if (task.scale_units) return f.template operator()<Parameters<Form::counts, 0, true>>();
   if (task.kind == Codes::mxfp4) return f.template operator()<Parameters<Form::powers, 0, false>>();
@@ -113,7 +135,8 @@ INLINE void with_parameters(const QuantizedTask& task, const Call& f) {
     if (task.offsets) return f.template operator()<Parameters<Form::halves, shift, true>>();
     f.template operator()<Parameters<Form::halves, shift, false>>();
   };
-  switch (task.group) {
+  if constexpr (of_groups) return with_shift.template operator()<0>();
+  else switch (task.group) {
     case 32: return with_shift.template operator()<0>();
     case 64: return with_shift.template operator()<1>();
     default: return with_shift.template operator()<2>();
@@ -126,10 +149,19 @@ struct RowParameters {
   Call *one, *two, *four;
 
   explicit RowParameters(const QuantizedTask& task) {
-    with_parameters(task, [&]<class P>() INLINE_LAMBDA { one = P::template of_row<1>, two = P::template of_row<2>, four = P::template of_row<4>; });
+    with_parameters<false>(task, [&]<class P>() INLINE_LAMBDA { one = P::template of_row<1>, two = P::template of_row<2>, four = P::template of_row<4>; });
   }
   template <int columns>
   INLINE Call* of() const { return columns == 1 ? one : columns == 2 ? two : four; }
+};
+
+// Parameters::of_rows of a weight.
+struct GroupParameters {
+  void (*of_rows)(const QuantizedTask&, int64_t n, int64_t count, float* scales, float* offsets);
+
+  explicit GroupParameters(const QuantizedTask& task) {
+    with_parameters<true>(task, [&]<class P>() INLINE_LAMBDA { of_rows = P::of_rows; });
+  }
 };
 
 }  // namespace

@@ -24,9 +24,10 @@ struct FixedX {
   bool* fits;      // whether every row is one for fixed point
   float* factors;  // [m] of x
   float* totals;   // [m, outputs_at_once]
-  int64_t runs;    // floats of a row of sums, or of scales of runs
-  float* scales;   // [outputs_at_once, groups] or, of runs, [rows_at_once, runs] of the weight
-  float* sums;     // [m, runs] of x
+  int64_t runs;    // floats of a row of sums; 0 if there are no readers of offsets
+  float* scales;   // [parameter_rows(k), groups] of the weight
+  float* offsets;  // the same
+  float* sums;     // [m, runs] of x: of each group
   Fixed::Vector* x;
 
   FixedX(void* data, int64_t m, int64_t k) : ldx(vectors(k)), runs(sums_room(k)) {
@@ -34,20 +35,21 @@ struct FixedX {
     factors = static_cast<float*>(data) + flag_floats;
     totals = factors + round_up(m, lanes);
     scales = totals + m * outputs_at_once;
-    sums = scales + scales_room(k);
+    offsets = scales + parameters_room(k);
+    sums = offsets + (runs ? parameters_room(k) : 0);
     x = reinterpret_cast<Fixed::Vector*>(sums + m * runs);
   }
   static int64_t vectors(int64_t k) { return round_up(k, 128) / 64 * Fixed::vectors; }  // to whole groups
-  static int64_t scales_room(int64_t k) { return round_up(outputs_at_once * ((k + run - 1) / run), lanes) + lanes; }
+  // For how many rows of weight parameters are read at once: they stay in the first cache.
+  static int64_t parameter_rows(int64_t k) {
+    const int64_t fit = 2048 / ((k + run - 1) / run) / rows_at_once * rows_at_once;
+    return smaller(larger(fit, int64_t(rows_at_once)), outputs_at_once);
+  }
+  static int64_t parameters_room(int64_t k) { return round_up(parameter_rows(k) * ((k + run - 1) / run), lanes) + lanes; }
   static int64_t sums_room(int64_t k) { return Fixed::takes(Codes::int4) ? runs_padded(k) : 0; }
   static size_t bytes(int64_t m, int64_t k) {
-    return (flag_floats + round_up(m, lanes) + m * outputs_at_once + scales_room(k) + m * sums_room(k)) * sizeof(float) + m * vectors(k) * sizeof(Fixed::Vector);
-  }
-  // Scales of all groups of `count` rows of weight from n on, as floats; those of as many rows behind them are asked for.
-  void read_scales(const QuantizedTask& task, int64_t n, int64_t count) const {
-    const uint16_t* from = static_cast<const uint16_t*>(task.scales) + n * task.groups;
-    for (int64_t i = 0, all = count * task.groups; i < all; i += lanes)
-      __builtin_prefetch(from + all + i), store(scales + i, halves(from + i, all - i));
+    const int64_t of_weight = parameters_room(k) * (sums_room(k) ? 2 : 1);
+    return (flag_floats + round_up(m, lanes) + m * outputs_at_once + of_weight + m * sums_room(k)) * sizeof(float) + m * vectors(k) * sizeof(Fixed::Vector);
   }
 };
 
@@ -55,31 +57,29 @@ struct FixedX {
 INLINE bool place_fixed(const QuantizedTask& task, const uint16_t* x, int64_t ldx, PackedRows rows) {
   const FixedX packed(rows.data, rows.m, rows.k);
   for (int64_t m = 0; m < rows.m; ++m) {
-    float* sums = task.offsets ? packed.sums + m * packed.runs : nullptr;
-    if (sums) __builtin_memset(sums, 0, packed.runs * sizeof *sums);
-    if (!Fixed::place(task.kind, x + m * ldx, rows.k, packed.x + m * packed.ldx, packed.factors[m], sums)) return *packed.fits = false;
+    float* sums = packed.sums + m * packed.runs;
+    __builtin_memset(sums, 0, packed.runs * sizeof *sums);
+    if (!Fixed::place(task, x + m * ldx, packed.x + m * packed.ldx, packed.factors[m], sums)) return *packed.fits = false;
   }
   return *packed.fits = true;
 }
 
 // Products of four weight rows, the first being number `place` of those from n on, with `columns` rows of x from m on.
-// Behind the last weight row it is taken again.
+// Behind the last weight row it is taken again. parameters: which of those rows is the first that they were read of.
 template <class Read, int group, int columns>
-INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const Read& codes_at, [[maybe_unused]] const RowParameters& parameters, int64_t n,
-                        int64_t place, int64_t m) {
+INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const Read& codes_at, int64_t n, int64_t place, int64_t parameters, int64_t m) {
   F acc[rows_at_once][columns] = {};
   const uint8_t* w[rows_at_once];
   const float* scales[rows_at_once];
   for (int r = 0; r < rows_at_once; ++r) {
-    const int64_t row = smaller(place + r, task.n - 1 - n);
+    const int64_t row = smaller(place + r, task.n - 1 - n), at = (row - parameters) * task.groups;
     w[r] = static_cast<const uint8_t*>(task.codes) + (n + row) * task.row_bytes;
-    if constexpr (Read::in_runs) {
-      float* own = packed.scales + r * packed.runs;
-      parameters.template of<columns>()(task, n + row, packed.runs, own, packed.sums + m * packed.runs, acc[r]);
-      scales[r] = own;
-    } else {
-      scales[r] = packed.scales + row * task.groups;
-    }
+    scales[r] = packed.scales + at;
+    if constexpr (Read::has_offsets)
+      for (int64_t i = 0; i < task.groups; i += lanes) {
+        const F offsets = load(packed.offsets + at + i), own = select(lane_number() < int32_t(smaller(task.groups - i, lanes)), offsets, F{});
+        for (int c = 0; c < columns; ++c) acc[r][c] += own * load(packed.sums + (m + c) * packed.runs + i);
+      }
   }
   auto step = [&](int r, const uint8_t* at, const float* scale, int64_t of, int64_t s) INLINE_LAMBDA {
     const auto codes = codes_at(at);
@@ -96,7 +96,7 @@ INLINE void fixed_block(const QuantizedTask& task, const FixedX& packed, const R
   if (left)
     for (int r = 0; r < rows_at_once; ++r) {
       uint8_t codes[64];
-      const float last[2] = {task.group ? scales[r][Read::in_runs ? 2 * whole : task.groups - 1] : 0, 0};  // of a half step: another one has one group
+      const float last[2] = {task.group ? scales[r][task.groups - 1] : 0, 0};  // of a half step: another one has one group
       step(r, padded(w[r] + whole * Read::step_bytes, left, codes), last, 0, whole);
     }
   for (int c = 0; c < columns; ++c)
@@ -107,13 +107,18 @@ template <class Read, int group>
 void fixed_range(const QuantizedTask& task, PackedRows rows, int64_t begin, int64_t end) {
   const FixedX packed(rows.data, rows.m, rows.k);
   const Read codes_at(task.kind);
-  const RowParameters parameters(task);
+  const GroupParameters parameters(task);
+  const int64_t parameter_rows = FixedX::parameter_rows(rows.k);
   for (int64_t first = begin; first < end; first += outputs_at_once) {
     const int64_t count = smaller(outputs_at_once, end - first);
-    if constexpr (!Read::in_runs) packed.read_scales(task, first, smaller(round_up(count, rows_at_once), task.n - first));
-    for (int64_t i = 0; i < count; i += rows_at_once) {
-      for (int64_t m = 0; m + 2 <= rows.m; m += 2) fixed_block<Read, group, 2>(task, packed, codes_at, parameters, first, i, m);
-      if (rows.m % 2) fixed_block<Read, group, 1>(task, packed, codes_at, parameters, first, i, rows.m - 1);
+    int64_t read = 0;  // up to here, and from `from` on
+    for (int64_t i = 0, from = 0; i < count; i += rows_at_once) {
+      if (group && i == read) {
+        from = i, read = smaller(i + parameter_rows, round_up(count, rows_at_once));
+        parameters.of_rows(task, first + i, smaller(read - i, task.n - first - i), packed.scales, packed.offsets);
+      }
+      for (int64_t m = 0; m + 2 <= rows.m; m += 2) fixed_block<Read, group, 2>(task, packed, codes_at, first, i, from, m);
+      if (rows.m % 2) fixed_block<Read, group, 1>(task, packed, codes_at, first, i, from, rows.m - 1);
     }
     for (int64_t m = 0; m < rows.m; ++m) store_outputs<Fp32, Bf16>(task, packed.totals + m * outputs_at_once, packed.factors[m], m, first, count);
   }
