@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import WeightsReleasedError
-from graphopt.quantization import operations, release
+from graphopt.quantization import operations, release, schemes
 from graphopt.runtime import packs, prologue
 
 _AT_ONCE = 1 << 22
@@ -26,15 +26,21 @@ def pack_weight(
         )
     weight = weight.detach()
     if rounding:
-        packed: list[Tensor] = operations.quantize_weight(
+        rounded: list[Tensor] = operations.quantize_weight(
             weight, scheme, scale, transposed=transposed, rounding=rounding
         )
-        return packed
-    # Rows are packed by themselves. What is computed on the way is several times as large as a weight in float32.
+        return rounded
+    # Rows are packed by themselves, into memory that is there before what is computed on the way, several times as large as
+    # the rows in float32: between one such and the next a result would stand in the way of its memory's going back.
     rows = (weight.mT if transposed else weight).flatten(0, -2)
-    several = rows.split(max(1, _AT_ONCE // max(1, rows.shape[1])))
-    parts = [operations.quantize_weight(some, scheme, scale) for some in several]
-    return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    layout = schemes.named(scheme).layout(rows.shape[0], rows.shape[1])
+    packed = [torch.empty(shape, dtype=dtype, device=rows.device) for shape, dtype in layout]
+    at_once = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], at_once):
+        some = slice(start, start + at_once)
+        for whole, part in zip(packed, operations.quantize_weight(rows[some], scheme, scale), strict=True):
+            whole[some] = part
+    return packed
 
 
 @prologue.call_time(operations.input_scales, packs_weights=True)
