@@ -97,7 +97,7 @@ CASES = {
 }
 
 
-@pytest.mark.rotate(one_in=4)
+@pytest.mark.rotate(one_in=8)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_fit(case: str, target: str) -> None:

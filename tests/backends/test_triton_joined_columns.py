@@ -194,7 +194,7 @@ def test_rotated_products_fit(rows: int) -> None:
     prefilled(attention_inputs(ROTATIONS["halves"][0]), sizes_of(rows, 64), bf16)
 
 
-@pytest.mark.rotate(one_in=10)
+@pytest.mark.rotate(one_in=30)
 @pytest.mark.parametrize("dtype", [bf16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 140, 1000])
 @pytest.mark.parametrize(("rotate", "size"), [

@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Mask, int | None, int | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.rotate(one_in=4)
+@pytest.mark.rotate(one_in=8)
 @pytest.mark.parametrize("past", [0, 60])
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_that_are_visited(name: str, past: int) -> None:

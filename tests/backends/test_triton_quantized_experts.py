@@ -38,6 +38,7 @@ def checked(scheme: str, dtype: torch.dtype, rows: int, columns: int, depth: int
     return compiled
 
 
+@pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("scheme", MAIN)
@@ -99,6 +100,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.rotate(one_in=2)
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_gives_the_answers_of_the_meaning(

@@ -24,7 +24,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False)).eval().bfloat16()
 
 
-@pytest.mark.rotate(one_in=4)
+@pytest.mark.rotate(one_in=6)
 @pytest.mark.parametrize("config", [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()])
 @pytest.mark.parametrize("rows", (1, 3))
 def test_generates_the_tokens_of_eager(config: object, rows: int, target: str) -> None:

@@ -138,7 +138,7 @@ def compiled_graph(name: str) -> tuple[GraphModule, list[torch.Tensor], Any]:
     return kept[0], inputs, function(*inputs)
 
 
-@pytest.mark.rotate(one_in=3)
+@pytest.mark.rotate(one_in=6)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_configuration_gives_the_same_answer(name: str, tmp_path: Path) -> None:
     """The first call times them all, with the interpreter for a GPU; the last ones are taken and run again."""

@@ -11,13 +11,13 @@ CASES = [
 ]
 
 
-@pytest.mark.rotate(one_in=10)
+@pytest.mark.rotate(one_in=20)
 @pytest.mark.parametrize("name, kind", CASES)
 def test_meaning(name: str, kind: str) -> None:
     architectures.check(name, kind, target="reference")
 
 
-@pytest.mark.rotate(one_in=36)
+@pytest.mark.rotate(one_in=72)
 @pytest.mark.parametrize("name, kind", CASES)
 def test_generated_code(name: str, kind: str) -> None:
     architectures.check(name, kind, target="cpu", strict=True)
