@@ -20,18 +20,9 @@ import sympy
 import torch
 from torch.fx import Node
 
+from graphopt.index_arithmetic import Ranges, lies_between, product, size_expression
 from graphopt.index_inverse import ONE_TO_ONE, shown_by
-from graphopt.index_map import (
-    VIEWS,
-    Index,
-    Ranges,
-    broadcast_index,
-    lies_between,
-    operand_index,
-    product,
-    reshape_index,
-    size_expression,
-)
+from graphopt.index_map import VIEWS, Index, broadcast_index, operand_index, reshape_index
 from graphopt.row_ops import ELEMENTWISE, SPLITS
 
 aten = torch.ops.aten

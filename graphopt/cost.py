@@ -23,7 +23,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from graphopt import _compat, grouped
-from graphopt.index_map import ALIASING_VIEWS, RESHAPES, product, size_expression
+from graphopt.index_arithmetic import product, size_expression
+from graphopt.index_map import ALIASING_VIEWS, RESHAPES
 from graphopt.ops import WRITES
 from graphopt.row_ops import CONSTANTS, REDUCTIONS, SPLITS, is_view
 from graphopt.runtime import pages

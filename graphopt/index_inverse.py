@@ -9,16 +9,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt.index_map import (
-    IDENTITIES,
-    RESHAPES,
-    FloorDivide,
-    Index,
-    Ranges,
-    Remainder,
-    operand_index,
-    reshape_index,
-)
+from graphopt.index_arithmetic import FloorDivide, Ranges, Remainder
+from graphopt.index_map import IDENTITIES, RESHAPES, Index, operand_index, reshape_index
 
 aten = torch.ops.aten
 

@@ -21,21 +21,14 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt.index_arithmetic import FloorDivide as FloorDivide
-from graphopt.index_arithmetic import Ranges as Ranges
-from graphopt.index_arithmetic import Remainder as Remainder
-from graphopt.index_arithmetic import floor_divide as floor_divide
-from graphopt.index_arithmetic import is_nonnegative as is_nonnegative
-from graphopt.index_arithmetic import lies_between as lies_between
-from graphopt.index_arithmetic import product as product
-from graphopt.index_arithmetic import remainder as remainder
-from graphopt.index_arithmetic import size_expression as size_expression
-from graphopt.index_arithmetic import upper_bound as upper_bound
+from graphopt.index_arithmetic import Ranges, Remainder, floor_divide, product, remainder, size_expression
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 Index = tuple[sympy.Expr, ...]
+
+
 def flatten(index: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> sympy.Expr:
     """The position of an element in row-major order."""
     position: sympy.Expr = sympy.Integer(0)

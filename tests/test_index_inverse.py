@@ -11,8 +11,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from graphopt.index_arithmetic import FloorDivide, Remainder
 from graphopt.index_inverse import ONE_TO_ONE, base_of, rejoin, shown_index
-from graphopt.index_map import FloorDivide, Index, Remainder
+from graphopt.index_map import Index
 
 aten = torch.ops.aten
 CHAINS: dict[str, Any] = {

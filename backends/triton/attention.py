@@ -28,7 +28,8 @@ from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names
 from graphopt.backends.triton.source import power_of_two
-from graphopt.index_map import Index, broadcast_index, floor_divide, is_nonnegative
+from graphopt.index_arithmetic import floor_divide, is_nonnegative
+from graphopt.index_map import Index, broadcast_index
 from graphopt.lowering import arguments
 
 DIALECT = ("graphopt.attention.default", "graphopt.attention_paged.default", "graphopt.attention_quantized.default")

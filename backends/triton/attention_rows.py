@@ -17,7 +17,8 @@ from torch.fx import Node
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.region import Region
-from graphopt.index_map import Index, broadcast_index, floor_divide, remainder
+from graphopt.index_arithmetic import floor_divide, remainder
+from graphopt.index_map import Index, broadcast_index
 from graphopt.lowering import arguments
 from graphopt.quantization import cache_operations as quantized
 from graphopt.runtime.kv_blocks import BLOCK

@@ -12,7 +12,8 @@ from torch.fx import Node
 from graphopt import views
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.source import Scratch
-from graphopt.index_map import ALIASING_VIEWS, size_expression
+from graphopt.index_arithmetic import size_expression
+from graphopt.index_map import ALIASING_VIEWS
 
 Slot = tuple[str, str]
 """What two buffers share if one may be taken for the other: dtype, and sizes with strides."""

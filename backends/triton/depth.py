@@ -26,7 +26,8 @@ from graphopt.backends.triton.evaluate import Axis
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region
 from graphopt.backends.triton.rows import ancestors
-from graphopt.index_map import VIEWS, FloorDivide, Index, Ranges, broadcast_index, operand_index, product
+from graphopt.index_arithmetic import FloorDivide, Ranges, product
+from graphopt.index_map import VIEWS, Index, broadcast_index, operand_index
 
 aten = torch.ops.aten
 

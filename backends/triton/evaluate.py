@@ -21,7 +21,8 @@ from torch.fx import Node
 from graphopt.backends.triton import expressions
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported
-from graphopt.index_map import VIEWS, Index, broadcast_index, operand_index, product
+from graphopt.index_arithmetic import product
+from graphopt.index_map import VIEWS, Index, broadcast_index, operand_index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from graphopt.backends.triton.evaluate import Axis, Evaluator, Value, axis
 from graphopt.backends.triton.reductions import describe
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.rows import Names, RowSection, Scope, structures_before
-from graphopt.index_map import Index, product
+from graphopt.index_arithmetic import product
+from graphopt.index_map import Index
 
 CONTRACTIONS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "graphopt.linear.default",
                 "graphopt.parallel_linear.default")

@@ -27,7 +27,8 @@ from graphopt.backends.triton.kernels import generate
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported, key
 from graphopt.backends.triton.source import Kernel, harmless
-from graphopt.index_map import ALIASING_VIEWS, size_expression
+from graphopt.index_arithmetic import size_expression
+from graphopt.index_map import ALIASING_VIEWS
 from graphopt.lowering import USERS_KERNELS
 from graphopt.ops import WRITES
 from graphopt.runtime.autotune import Config

@@ -15,8 +15,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from graphopt import cost, estimate
+from graphopt.index_arithmetic import product, size_expression
 from graphopt.index_inverse import rejoin
-from graphopt.index_map import Index, product, size_expression
+from graphopt.index_map import Index
 from graphopt.ops import WRITES, kv_write_at
 
 

@@ -25,7 +25,8 @@ from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.reductions import Part, Reduction, describe, finish, parts_of
 from graphopt.backends.triton.region import Region, Unsupported
 from graphopt.backends.triton.source import power_of_two
-from graphopt.index_map import Index, flatten, product, unflatten
+from graphopt.index_arithmetic import product
+from graphopt.index_map import Index, flatten, unflatten
 
 PERSISTENT_LIMIT = 8192
 """The longest row held in registers: 16384 columns spill on every GPU measured."""

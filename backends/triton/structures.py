@@ -19,7 +19,8 @@ from graphopt.backends.triton import expressions, gathers, scatters
 from graphopt.backends.triton.evaluate import Evaluator, Guard, Value
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Unsupported
-from graphopt.index_map import Index, lies_between, unflatten
+from graphopt.index_arithmetic import lies_between
+from graphopt.index_map import Index, unflatten
 from graphopt.row_ops import REDUCTIONS, SPLITS, is_bitcast, may_restride
 
 aten = torch.ops.aten

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from graphopt.index_arithmetic import size_expression
 from graphopt.index_inverse import ONE_TO_ONE
-from graphopt.index_map import IDENTITIES, RESHAPES, size_expression
+from graphopt.index_map import IDENTITIES, RESHAPES
 from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers, source_of
 from graphopt.passes.fuse.joined_columns import absorb_joined

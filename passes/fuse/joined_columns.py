@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from graphopt import edit
 from graphopt.columns import columns_of, places, sizes_of
-from graphopt.index_map import is_nonnegative
+from graphopt.index_arithmetic import is_nonnegative
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
 from graphopt.passes.fuse.joining import numel
 from graphopt.row_ops import ELEMENTWISE, is_fusable, is_view

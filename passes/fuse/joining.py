@@ -8,7 +8,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from graphopt.index_map import IDENTITIES, RESHAPES, product, size_expression
+from graphopt.index_arithmetic import product, size_expression
+from graphopt.index_map import IDENTITIES, RESHAPES
 from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, chain, consumers, producers, source_of
 from graphopt.passes.fuse.writes import rows_of_write

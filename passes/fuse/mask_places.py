@@ -5,7 +5,8 @@ from __future__ import annotations
 import sympy
 from torch.fx import Node
 
-from graphopt.index_map import VIEWS, Index, broadcast_index, operand_index, size_expression
+from graphopt.index_arithmetic import size_expression
+from graphopt.index_map import VIEWS, Index, broadcast_index, operand_index
 from graphopt.row_ops import ELEMENTWISE
 
 PLACES = tuple(sympy.Symbol(name, integer=True, nonnegative=True) for name in ("batch", "head", "query", "key"))

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from graphopt.cost import value_bytes
-from graphopt.index_map import is_nonnegative
+from graphopt.index_arithmetic import is_nonnegative
 from graphopt.passes.fuse.groups import Groups
 from graphopt.row_ops import CONSTANTS, ELEMENTWISE, is_fusable, is_view
 
