@@ -3,7 +3,9 @@
     resources(kernel, "sm_90")  ->  Resources(registers=40, spilled_bytes=0, shared_bytes=1024)
 
 NVIDIA: Triton's own ptxas makes a cubin and `cuobjdump -res-usage` of the same wheel reads it; a thread's stack is what
-spills. AMD: the assembly's metadata lists both. Equal kernels are compiled once per target in a process.
+spills. AMD: the assembly's metadata lists registers and a thread's scratch memory. (Scalar registers that are kept in
+lanes of a vector register count as spilled there, but no memory is touched, and the vector register is counted.) Equal
+kernels are compiled once per target in a process.
 """
 
 from __future__ import annotations
@@ -102,8 +104,8 @@ def _read(compilation: _Compilation, **options: int) -> Resources:
         return Resources(target, registers, stack, shared, threads)
     assembly = compiled.asm["amdgcn"]
     registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
-    spilled = 4 * (_field(assembly, r"\.vgpr_spill_count:\s+(\d+)") + _field(assembly, r"\.sgpr_spill_count:\s+(\d+)"))
-    return Resources(target, registers, spilled, shared, threads)
+    scratch = _field(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
+    return Resources(target, registers, scratch, shared, threads)
 
 
 def compile_for(kernel: Kernel, target: str, **more: int) -> Any:

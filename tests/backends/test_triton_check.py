@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule
 
 from graphopt import backend, pipeline
+from graphopt.backends.triton import check
 from graphopt.backends.triton.check import TARGETS, Resources, resources
 from graphopt.options import Options
 from graphopt.passes.fuse.form_regions import form_regions
@@ -127,3 +129,15 @@ def test_an_unknown_target_is_refused_by_name() -> None:
 def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
     assert not Resources("sm_90", 255, 8, 0, 128).fits
     assert not Resources("gfx942", 64, 0, 65 * 1024, 256).fits
+
+
+def test_registers_in_lanes_of_a_vector_register_are_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalar registers of an AMD GPU that are kept in lanes count as spilled in its assembly; scratch memory counts."""
+    listed = ".sgpr_spill_count: 9\n.vgpr_spill_count: 0\n.vgpr_count:  122\n.private_segment_fixed_size: {}\n"
+    for scratch in (0, 16):
+        compiled = types.SimpleNamespace(
+            asm={"amdgcn": listed.format(scratch)}, metadata=types.SimpleNamespace(shared=0))
+        monkeypatch.setattr(check, "compile_for", lambda *given, made=compiled, **more: made)
+        kernel = types.SimpleNamespace(digest=f"scratch {scratch}", num_warps=4)
+        found = check._read(check._Compilation(kernel, "gfx942"))  # type: ignore[arg-type]
+        assert (found.registers, found.spilled_bytes, found.fits) == (122, scratch, scratch == 0)
