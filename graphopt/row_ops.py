@@ -87,8 +87,28 @@ POSITIONS = frozenset({aten.argmax.default, aten.argmin.default})
 PAIRS = frozenset({aten.max.dim, aten.min.dim})
 VARIANCES = frozenset({aten.var_mean.correction, aten.var.correction})
 SCANS = frozenset({aten.cumsum.default, aten.cumprod.default})
-REDUCTIONS = SUMS | PRODUCTS | EXTREMES | POSITIONS | PAIRS | VARIANCES | SCANS
+TOTALS = SUMS | PRODUCTS | EXTREMES | VARIANCES
+"""Of a row numbers that do not tell where in it anything is."""
+
+REDUCTIONS = TOTALS | POSITIONS | PAIRS | SCANS
 """A value needs a whole row of the operand."""
+
+
+def reduced_dims(node: Node) -> tuple[int, ...]:
+    """The dimensions that a reduction runs over, in order."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    rank = operand.meta["val"].dim()
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if given is None or given == [] or isinstance(given, torch.dtype):
+        return tuple(range(rank))
+    listed = [given] if isinstance(given, int) else given
+    return tuple(sorted({int(dim) % rank for dim in listed})) if rank else ()
+
+
+def keeps_dims(node: Node) -> bool:
+    """Does the result of a reduction have the dimensions that it ran over, with one place each?"""
+    return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
 
 
 def scattered(node: Node) -> list[Any]:

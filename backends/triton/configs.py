@@ -79,7 +79,7 @@ def _product(section: MatmulSection) -> Iterable[tuple[dict[str, int], int, int]
     if section.one_row:
         listed = tuple((1, n, size // n, w, 2) for n in (2, 4, 8, 16) for size in (2048, 4096, 8192) for w in (2, 4, 8))
     for *blocks, warps, stages in listed:
-        runs = blocks[2] % (section.cut.run if section.cut else 1) == 0
+        runs = blocks[2] % (section.cut.run if section.cut else 1) == 0 and blocks[1] % section.columns.held == 0
         if runs and all(_may_be(a, block) for a, block in zip((section.m, section.n, section.k), blocks, strict=True)):
             yield dict(zip(names, blocks, strict=True)), warps, stages
 

@@ -9,7 +9,8 @@ Each program computes a tile of rows m and columns n, walking over k. Two forms:
 Operands are read through the evaluator, so a view, a cast or a norm before the product costs no pass of its own. A
 norm's statistics are summed over the program's rows in a walk before the product. Several weights of one input (a
 gate and its partner) accumulate side by side, and so do columns of one weight that an element of the epilogue reads
-together, a rotary embedding's (`columns.py`); weights whose results are independent are sections of one launch.
+together, a rotary embedding's (`columns.py`), where it reduces groups of columns each program computes whole groups
+(`grouped_columns.py`); weights whose results are independent are sections of one launch.
 Products accumulate in float32, and bias is added before rounding, as cuBLAS and oneDNN do.
 """
 
@@ -21,10 +22,12 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import Node
 
 from graphopt.backends.triton import expressions
-from graphopt.backends.triton.depth import Depth, cut_of
+from graphopt.backends.triton.depth import LOAD, Depth, cut_of
 from graphopt.backends.triton.evaluate import Axis, Evaluator, Guard, Value, axis
+from graphopt.backends.triton.grouped_columns import GroupedColumns
 from graphopt.backends.triton.operands import Frame, LeftRows, Product, contraction_of, dot_operand, products_of
 from graphopt.backends.triton.printer import text_of
 from graphopt.backends.triton.region import Region, Unsupported
@@ -98,12 +101,19 @@ class MatmulSection:
             bm, bn, bk, self.num_warps, self.num_stages = 64, 64 // sums, 64 if not wide else 32, 4, 3
         else:
             bm, bn, bk, self.num_warps, self.num_stages = 128, 128 // sums, 64, 8, 3
+            if self.columns.folds > 1 and self.columns.within * self.dtype.itemsize < LOAD:
+                bm, bn = bm // 2, bn // 2  # neighbours are read and stored one by one, with an address for each
         if wide and not self.one_row and any(p.right.op == "call_function" for p in self.products):
             bn, bk = 32, 32 if rows <= 16 else 16  # what is computed for a tile of float32 takes registers
         elif self.cut is not None and self.cut.pieces > 1 and bm > 16:
             bk //= 2  # a step multiplies as many positions of each piece
         least = 1 if self.one_row else 16
         bn, bk = (min(b, max(least, power_of_two(s))) for b, s in ((bn, columns), (bk, depth)))
+        room = (bm + len(self.sums) * bn) * bk
+        while bn < self.columns.held:
+            bn, bm = bn * 2, bm // 2 if bm > 16 else bm
+        while bk > 16 and (bm + len(self.sums) * bn) * bk > room:
+            bk //= 2
         self.blocks = {f"BLOCK_M_{self.number}": bm, f"BLOCK_N_{self.number}": bn, f"BLOCK_K_{self.number}": bk}
         for each, block in ((self.m, bm), (self.n, bn), (self.k, bk)):
             if each.total.is_Integer and int(each.total) % block == 0 and each.total != 0:
@@ -190,6 +200,11 @@ class MatmulSection:
         """The rows of a tile that a program computes."""
         return f"tl.arange(0, {list(self.blocks)[0]})"
 
+    def _tile(self) -> tuple[str, str]:
+        """The sizes of a tile in the epilogue."""
+        bm, bn, _ = self.blocks
+        return (bn, "1") if self.one_row else (bm, bn)
+
     def _left_operand(self, evaluator: Evaluator, piece: int) -> str:
         """A piece of the left operand, 0 behind the end of k."""
         left, depth = self.products[0].left, self.depth
@@ -245,8 +260,11 @@ class MatmulSection:
         folds = self.columns.folds
         for place, each in enumerate(self.products):
             evaluator.bound[each.result] = self._bind(each, totals[place * folds : (place + 1) * folds], evaluator)
+        shown = [self._shown(fold, evaluator) for fold in range(folds)]
+        if self.columns.together:
+            frame.columns = GroupedColumns(evaluator, self.m, self.n, shown, self._tile(), self.columns.held)
         for output, fold in itertools.product(self.outputs, range(folds)):
-            self._store(output, fold, evaluator, lines)
+            self._store(output, fold, shown[fold], evaluator, lines)
         self.helpers |= evaluator.helpers
         return lines
 
@@ -271,17 +289,28 @@ class MatmulSection:
 
         return value
 
-    def _store(self, output: int, fold: int, evaluator: Evaluator, lines: list[str]) -> None:
+    def _shown(self, fold: int, evaluator: Evaluator) -> dict[Node, Index]:
+        """Where nodes show the element that a place of the tile stands for."""
+        within = self._counted()[1:]
+        return places(self.results, self._result_index(fold), self.nodes, self.region.sizes, evaluator.ranges, within)
+
+    def _store(
+        self, output: int, fold: int, shown: dict[Node, Index], evaluator: Evaluator, lines: list[str]
+    ) -> None:
         node = self.region.outputs[output]
-        shown = places(self.results, self._result_index(fold), self.nodes, self.region.sizes, evaluator.ranges)
         if node not in shown:
             raise Unsupported("an epilogue of another size than its product")
+        once = self.region.numel(node) != self.region.numel(self.results[0])
+        if once and fold > 0:
+            return  # of a group there is one number, which all folds know
         base = base_of(node)
         value = evaluator.value(base, shown[base])
         address, mask, uses = evaluator.stored(output, shown[node])
         for missing in [a for a in (self.m, self.n) if a.name not in uses]:
             address += f" + 0 * {missing.position}"
             mask = " & ".join(x for x in (mask, missing.mask) if x)
+        if once:
+            mask = " & ".join(x for x in (mask, f"({self.n.position} % {self.columns.held} == 0)") if x)
         dtype = node.meta["val"].dtype
         text = f"{value.text}.to({expressions.STORED[dtype]})" if dtype in expressions.ROUNDED else value.text
         lines.append(f"tl.store(out{output} + {address}, {text}{f', mask={mask}' if mask else ''})")
@@ -300,10 +329,13 @@ class MatmulSection:
             parts = (self.batch, ()), (self.m, sizes[:-1])
         return *(i for current, own in parts for i in self._along(current, own)), self._column(fold)
 
+    def _counted(self) -> Index:
+        """How a place along n is counted (`columns.py`)."""
+        return self._along(self.n, self.columns.sizes(self.region.sizes(self.products[0].result)[-1]))
+
     def _column(self, fold: int) -> sympy.Expr:
         """The column in a fold, of all products."""
-        counted = self.columns.sizes(self.region.sizes(self.products[0].result)[-1])
-        return self.columns.index(self._along(self.n, counted), fold)
+        return self.columns.index(self._counted(), fold)
 
     def _right_index(self, each: Product, fold: int, piece: int) -> Index:
         along_k = self.depth.index(piece)

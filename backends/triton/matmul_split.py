@@ -169,10 +169,13 @@ class MergeSection(DealtSection):
     def _rows(self) -> str:
         return f"slice_{self.number} * {self.height} + tl.arange(0, {self.height})"
 
+    def _tile(self) -> tuple[str, str]:
+        rows, columns = super()._tile()
+        return (rows, columns) if self.one_row else (str(self.height), columns)
+
     def lines(self, program: str) -> list[str]:
         """The section's lines; `program` is the number of the program within the section."""
-        number, bn = self.number, list(self.blocks)[1]
-        tile = f"which_{number}"
+        number, tile = self.number, f"which_{self.number}"
         lines = [
             *self._dealing(),
             f"{tile} = {program} // {self.slices}",
@@ -181,7 +184,7 @@ class MergeSection(DealtSection):
             f"first_{number} = {tile} * steps_{number} // run_{number}",
             f"last_{number} = tl.cdiv(({tile} + 1) * steps_{number}, run_{number})",
         ]
-        shape = f"[{bn}, 1]" if self.one_row else f"[{self.height}, {bn}]"
+        shape = f"[{', '.join(self._tile())}]"
         totals = [self.names.new("acc") for _ in self.sums]
         lines += [f"{name} = tl.full({shape}, 0, tl.float32)" for name in totals]
         lines.append(f"for turn_{number} in range(first_{number}, last_{number}):")

@@ -61,7 +61,8 @@ def products_of(node: Node) -> list[Product]:
 class Frame:
     """A skeleton for the evaluator: lines inside of the walk over k for what uses it, before the walk for the rest.
 
-    rows: what knows the reductions of the left operand's rows, behind the walk.
+    rows: what knows the reductions of the left operand's rows, behind the walk; columns: those of groups of the
+    product's columns.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Frame:
     ) -> None:
         self.names, self.before, self.inside, self.walked, self.rows = names, before, inside, walked, rows
         self.memory: dict[Any, Value] = {}
+        self.columns: RowSection | None = None
 
     def emit(self, text: str, uses: frozenset[str], hint: str = "v") -> str:
         """Assign to a new variable."""
@@ -85,10 +87,12 @@ class Frame:
         self.memory[key] = value
 
     def reduction(self, node: Node, index: Index) -> Value:
-        """A reduction outside of the left operand's rows has no place here."""
-        if self.rows is None:
+        """A reduction of the left operand's rows, or of groups of the product's columns; others have no place here."""
+        if self.rows is not None and any(node in (r.node, *r.node.users) for r in self.rows.reductions):
+            return dataclasses.replace(self.rows.reduction(node, index), uses=frozenset({"m"}))
+        if self.columns is None:
             raise Unsupported("a reduction beside a matrix product")
-        return dataclasses.replace(self.rows.reduction(node, index), uses=frozenset({"m"}))
+        return self.columns.reduction(node, index)
 
 
 class LeftRows(RowSection):

@@ -145,16 +145,9 @@ def describe(region: Region, node: Node) -> Reduction:
     value = operand.meta["val"]
     if value.dtype not in expressions.CARRIERS:
         raise Unsupported(f"dtype {value.dtype}")
-    rank = value.dim()
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if isinstance(given, torch.dtype):
-        given = None
-    whole = given is None or given == []
-    listed: Any = range(rank) if whole else [given] if isinstance(given, int) else given
-    dims = tuple(sorted({int(d) % rank for d in listed})) if rank else ()
-    keepdim = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     level = sum(1 for n in ancestors(node) if n.target in row_ops.REDUCTIONS) - 1
     chain = _longest_chain(node)
+    dims, keepdim = row_ops.reduced_dims(node), row_ops.keeps_dims(node)
     return Reduction(node, operand, region.sizes(operand), dims, keepdim, min(level, chain))
 
 

@@ -1,34 +1,25 @@
-"""What matrix products take into their kernel: an epilogue behind them, and with few rows a prologue before them.
+"""Matrix products, and what they take into their kernel before them when there are few rows.
 
-The epilogue is elementwise over the product (bias, activation, gate, residual, cast), or joins its columns anew
-(`joined_columns.py`: rotary embedding). The prologue is the region of
-rows that makes the left operand, a norm above all: with at most `FEW_ROWS` rows every program computes it again from
-the cache, which costs less than writing and reading it; with more rows it stays a kernel of its own.
+The prologue is the region of rows that makes the left operand, a norm above all: with at most `FEW_ROWS` rows every
+program computes it again from the cache, which costs less than writing and reading it; with more rows it stays a kernel
+of its own. What is behind a product is in `epilogues.py`.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from graphopt.index_arithmetic import size_expression
-from graphopt.index_inverse import ONE_TO_ONE
 from graphopt.index_map import IDENTITIES, RESHAPES
 from graphopt.ops import WRITES
-from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, producers, source_of
-from graphopt.passes.fuse.joined_columns import absorb_joined
-from graphopt.passes.fuse.joining import group_rows, numel
-from graphopt.passes.fuse.writes import is_write, rows_of_write
-from graphopt.row_ops import CONSTANTS, DTYPES, ELEMENTWISE, is_fusable
+from graphopt.passes.fuse.groups import Group, Groups, chain, consumers, source_of
+from graphopt.passes.fuse.joining import FEW_ROWS, group_rows, numel
+from graphopt.row_ops import CONSTANTS, DTYPES
 
 aten = torch.ops.aten
-
-FEW_ROWS = 16
-LONGEST_EPILOGUE = 24
-
 
 CONTRACTIONS: frozenset[Any] = frozenset({
     aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.graphopt.linear.default,
@@ -36,55 +27,7 @@ CONTRACTIONS: frozenset[Any] = frozenset({
 })
 
 
-def absorb_readers(groups: Groups, contraction: Node) -> None:
-    """Make a region of a contraction and the elementwise nodes behind it."""
-    if not _has_kernel(contraction):
-        return
-    results = [contraction]
-    if isinstance(contraction.meta["val"], (tuple, list)):
-        results = [u for u in contraction.users if u.target is operator.getitem]
-    group = groups.new("linear", [contraction, *(r for r in results if r is not contraction)])
-    for result in results:
-        for node in absorb_joined(groups, group, result, LONGEST_EPILOGUE):
-            for reader in filter(is_write, consumers(node)):
-                _extend_by_write(groups, group, reader)
-    readers = {reader: numel(result) for result in reversed(results) for reader in consumers(result)}
-    for node in sorted(readers, key=groups.order.__getitem__):
-        _extend(groups, group, node, readers[node], contraction)
-
-
-def _extend(groups: Groups, group: Group, node: Node, size: Any, contraction: Node) -> None:
-    """Take a reader in, and then its readers."""
-    if is_write(node):
-        _extend_by_write(groups, group, node)
-        return
-    if node in groups.of or not is_fusable(node) or node.target not in ELEMENTWISE or numel(node) != size:
-        return
-    if len(group.nodes) >= LONGEST_EPILOGUE:
-        return
-    inner = [p for p in producers(node) if p in group.nodes]
-    if not all(v.target in RESHAPES | IDENTITIES for p in inner for v in chain(node, p)):
-        return
-    if any(numel(p) != size for p in inner) or not groups.may_be_one(group.nodes, [node]):
-        return
-    narrow = [p.meta["val"].dtype.itemsize for p in inner]
-    if len(producers(node)) == 1 and node.meta["val"].dtype.itemsize > min(narrow):
-        return
-    groups.join(group, [node])
-    for reader in sorted(consumers(node), key=groups.order.__getitem__):
-        _extend(groups, group, reader, size, contraction)
-
-
-def _extend_by_write(groups: Groups, group: Group, node: Node) -> None:
-    """Take in a write of what the product makes, however the rows show it, as long as they show all of it."""
-    made = source_of(rows_of_write(node))
-    shown = chain(node, made)
-    if node not in groups.of and made in group.nodes and all(view.target in ONE_TO_ONE for view in shown):
-        if groups.may_be_one(group.nodes, [node]):
-            groups.join(group, [node])
-
-
-def _has_kernel(node: Node) -> bool:
+def has_kernel(node: Node) -> bool:
     """Floating point operands of one dtype, which the generator's matrix kernels take."""
     values = [n.meta["val"] for n in node.all_input_nodes]
     if not all(isinstance(v, torch.Tensor) for v in values):

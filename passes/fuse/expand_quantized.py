@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from graphopt import capture, edit, ops
-from graphopt.passes.fuse.contractions import FEW_ROWS
+from graphopt.passes.fuse.joining import FEW_ROWS
 from graphopt.quantization import elementwise, operations, schemes
 
 

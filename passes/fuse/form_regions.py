@@ -10,9 +10,10 @@ becomes
     h, n = region_0(x, y)            # rows: reads x and y once, writes h and n once
     a = region_1(n, wg, wu)          # linear with its gate
 
-1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual) into its region, rotary
-   embedding and other joins of its columns too (`joined_columns.py`), and before it what makes an operand from fewer
-   bytes (`operands.py`): weights that are dequantised, after `expand_quantized.py`.
+1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual, codes)
+   into its region, rotary embedding, other joins of its columns and norms of groups of them too (`joined_columns.py`),
+   and before it what makes an operand from fewer bytes (`operands.py`): weights that are dequantised, after
+   `expand_quantized.py`.
 2. The other fusable nodes join their producers' regions when the rules of `joining.py` hold and no cycle appears.
 3. With few rows, a region of rows whose only reader is a contraction becomes that contraction's prologue.
 4. A write of new rows into a cache ends the region that makes the rows (`writes.py`).
@@ -31,12 +32,13 @@ from torch.fx import GraphModule, Node
 from graphopt import edit
 from graphopt.cost import CostModel
 from graphopt.passes.fuse.attention_regions import ATTENTIONS, erase_unread, form_attention
-from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues, absorb_readers
+from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues
+from graphopt.passes.fuse.epilogues import absorb_readers
 from graphopt.passes.fuse.expand_quantized import expand_quantized
 from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
 from graphopt.passes.fuse.groups import Group, Groups, consumers, producers
-from graphopt.passes.fuse.joining import group_rows, may_join
+from graphopt.passes.fuse.joining import group_rows, itemsize, may_join
 from graphopt.passes.fuse.operands import absorb_operands
 from graphopt.passes.fuse.score_functions import generate_masks
 from graphopt.passes.fuse.sharing import share_launches
@@ -121,16 +123,10 @@ def _leave_widening_to_readers(groups: Groups) -> None:
                 continue
             regions = {id(groups.of[r]) for r in readers if r in groups.of}
             all_rows = all(r in groups.of and groups.of[r].kind == "rows" for r in readers)
-            if all_rows and len(regions) == 1 and _bytes(inner[0]) <= _bytes(node):
+            if all_rows and len(regions) == 1 and itemsize(inner[0]) <= itemsize(node):
                 reader = groups.of[readers[0]]
                 groups.remove(node)
                 if groups.makes_cycle([*reader.nodes, node]):
                     groups.join(group, [node])
                 else:
                     groups.join(reader, [node])
-
-
-def _bytes(node: Node) -> int:
-    value = node.meta["val"]
-    value = value[0] if isinstance(value, (tuple, list)) else value
-    return int(value.dtype.itemsize)

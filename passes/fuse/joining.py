@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import sympy
@@ -13,13 +14,16 @@ from graphopt.index_map import IDENTITIES, RESHAPES
 from graphopt.ops import WRITES
 from graphopt.passes.fuse.groups import Group, chain, consumers, producers, source_of
 from graphopt.passes.fuse.writes import rows_of_write
-from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, SCATTERS, STRUCTURES, is_pick
+from graphopt.row_ops import ELEMENTWISE, REDUCTIONS, SCATTERS, STRUCTURES, is_pick, reduced_dims
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 ROW_KEEPING = RESHAPES | IDENTITIES | {aten.expand.default, prims.broadcast_in_dim.default}
 """Views that keep the order of rows."""
+
+FEW_ROWS = 16
+"""Rows of a product at most that each of its programs may compute anew from what they are made of."""
 
 Sizes = tuple[sympy.Expr, ...]
 Rows = tuple[sympy.Expr, sympy.Expr, tuple[Sizes, Sizes]]
@@ -48,12 +52,7 @@ def rows_of(node: Node) -> Rows:
     operand = node.args[0]
     assert isinstance(operand, Node)
     sizes = [size_expression(s) for s in operand.meta["val"].shape]
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if given is None or given == [] or isinstance(given, torch.dtype):
-        dims = set(range(len(sizes)))
-    else:
-        listed = [given] if isinstance(given, int) else given
-        dims = {int(d) % len(sizes) for d in listed} if sizes else set()  # type: ignore[union-attr, arg-type]
+    dims = reduced_dims(node)
     real = [d for d in range(len(sizes)) if sizes[d] != 1]
     flags = [d in dims for d in real]
     kept = tuple(sizes[d] for d in real if d not in dims)
@@ -127,3 +126,24 @@ def depends_on_reduction(node: Node, group: Group) -> bool:
             return True
         stack += [p for p in producers(current) if p in group.nodes]
     return False
+
+
+def itemsize(node: Node) -> int:
+    """Bytes of an element that a node computes, of the first of several results."""
+    return int(_computed(node).dtype.itemsize)
+
+
+def widens(node: Node) -> bool:
+    """Is it a cast to more bytes, which is left to its readers?"""
+    sources = producers(node)
+    return len(sources) == 1 and itemsize(node) > itemsize(sources[0])
+
+
+def without(loose: Collection[Node], members: Collection[Node]) -> dict[Node, None]:
+    """The members, in graph order, that are neither loose nor computed from what is."""
+    kept: dict[Node, None] = {}
+    for node in members:
+        needed = [producer for producer in producers(node) if producer in members]
+        if node not in loose and all(producer in kept for producer in needed):
+            kept[node] = None
+    return kept

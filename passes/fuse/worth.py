@@ -1,16 +1,22 @@
-"""Is a larger region worth it by a cost model of the user's? Without one, the rules of joining alone decide."""
+"""Is a larger region worth it? By a cost model of the user's, if there is one; else the rules of joining decide alone,
+but where a larger region leaves too few programs."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from graphopt import estimate
-from graphopt.cost import CostModel
+from graphopt.columns import sizes_of
+from graphopt.cost import Cost, CostModel, value_bytes
+from graphopt.index_arithmetic import product
 from graphopt.row_ops import CONSTANTS, is_view
 
 
@@ -38,6 +44,27 @@ class Worth:
             cost = self.model(_region(members)).at(self._sizes)
             self._known[key] = self._device.seconds(cost, _dtype(members))
         return self._known[key]
+
+
+_ROWS = 64
+"""Rows that one program of a product takes, by and large."""
+
+
+def draws_too_little(result: Node, columns: int) -> str:
+    """Why a product whose programs compute so many columns each would take longer, for all that its readers save."""
+    graph_module = result.graph.owning_module
+    assert graph_module is not None
+    device, sizes = estimate.gpu_of(graph_module), estimate.example_sizes(graph_module)
+    contraction = result.all_input_nodes[0] if result.target is operator.getitem else result
+    read = sum((value_bytes(node.meta["val"]) for node in contraction.all_input_nodes), sympy.Integer(0))
+    written = value_bytes(result.meta["val"])
+    elements = Cost(product(sizes_of(result))).at(sizes).bytes
+    programs = max(1, math.ceil(elements / (_ROWS * columns)))
+    moving = device.seconds(Cost(read + written).at(sizes))
+    apart = moving + device.seconds(Cost(2 * written, launches=1).at(sizes))
+    if moving / device.drawn(programs) <= apart:
+        return ""
+    return f"programs that compute {columns} columns each would be too few, {programs}, to draw the bandwidth"
 
 
 def _region(members: list[Node]) -> GraphModule:

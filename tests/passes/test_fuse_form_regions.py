@@ -109,7 +109,7 @@ def test_a_join_computes_its_pieces_where_it_reads_them() -> None:
 
 
 def test_a_widening_cast_is_left_to_its_reader() -> None:
-    x, w, n = torch.randn(40, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.randn(16).bfloat16()
+    x, w, n = (torch.randn(size).bfloat16() for size in ((40, 144), (144, 144), (144,)))
 
     def function(x: torch.Tensor, w: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         h = x @ w + x

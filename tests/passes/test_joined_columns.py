@@ -1,4 +1,4 @@
-"""Which readers of a product that join its columns are taken into its kernel, which are not, and why."""
+"""Which readers of a product that join or reduce its columns are taken into its kernel, which are not, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from graphopt import cost, edit, ops
-from graphopt.passes.fuse.contractions import LONGEST_EPILOGUE
+from graphopt.passes.fuse.epilogues import LONGEST_EPILOGUE
 from graphopt.passes.fuse.form_regions import form_regions
 from graphopt.passes.recognize.recognize_linear import recognize_linear
 from tests.backends.graphs import run
@@ -154,3 +154,68 @@ def test_a_cost_model_may_say_no() -> None:
 
     found, _ = formed(lambda x, w: swapped(heads(x, w)), *inputs(), cost_model=dear)
     assert not any({"linear", "cat"} <= set(region) for region in found)
+
+
+def peaks(y: Tensor, size: int = D) -> Tensor:
+    return y.unflatten(-1, (-1, size)).abs().amax(-1)
+
+
+def test_a_reduction_over_groups_is_one_region_with_the_product() -> None:
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, w)
+        return y.unflatten(-1, (-1, D)) / peaks(y)[..., None], peaks(y)
+
+    found, reasons = formed(function, *inputs(17))
+    assert len(found) == 1 and {"linear", "amax", "div"} <= set(found[0]) and reasons == []
+
+
+REDUCED: dict[str, tuple[Callable[[Tensor], Any], int, str]] = {
+    "groups of several sizes": (
+        lambda y: peaks(y, 4).repeat_interleave(2, -1) + peaks(y, 2).repeat_interleave(1, -1), 24,
+        "it reduces columns by groups of several sizes"),
+    "more columns than a tile has": (
+        lambda y: peaks(y, 256), 512, "it reduces 256 columns, and 128 at most are computed together"),
+    "columns that are no neighbours": (
+        lambda y: y.unflatten(-1, (8, 3)).transpose(-1, -2).amax(-1), 24,
+        "it reduces other than neighbouring columns of one row"),
+    "groups of an odd size": (
+        lambda y: peaks(y, 6), 24, "a program computes a power of two of neighbouring columns, and not 6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_reduction_is_refused(name: str) -> None:
+    function, columns, reason = REDUCED[name]
+    x, w = torch.randn(1, 17, 20), torch.randn(columns, 20)
+    found, reasons = formed(lambda x, w: function(F.linear(x, w)), x, w)
+    assert reason in reasons
+    assert not any({"linear", "amax"} <= set(region) for region in found)
+
+
+def test_few_programs_would_draw_too_little_bandwidth() -> None:
+    found, reasons = formed(lambda x, w: peaks(F.linear(x, w), 128), torch.randn(17, 1024), torch.randn(128, 1024))
+    assert reasons == ["programs that compute 128 columns each would be too few, 1, to draw the bandwidth"]
+    assert len(found) == 2
+
+
+def test_with_few_rows_a_norm_is_left_to_the_product_that_reads_it() -> None:
+    def function(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        y = F.linear(x, w)
+        return F.linear(rms_norm(y, scale), w.t())
+
+    x, w = inputs(3)
+    found, reasons = formed(function, x, w, torch.randn(HEADS * D))
+    assert [("linear" in region, "mean" in region) for region in found] == [(True, False), (True, True)]
+    assert reasons == []
+
+
+def test_a_refused_norm_leaves_the_join_before_it() -> None:
+    """What is rotated first and then reduced by too many columns: the rotation stays in the kernel."""
+    def function(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        y = ops.rope(F.linear(x, w).unflatten(-1, (2, 256)), cos, sin)
+        return y, y.amax(-1)
+
+    given = torch.randn(1, 17, 20), torch.randn(512, 20), torch.randn(2, 256), torch.randn(2, 256)
+    found, reasons = formed(function, *given)
+    assert "it reduces 256 columns, and 128 at most are computed together" in reasons
+    assert {"linear", "cat"} <= set(found[0]) and "amax" not in found[0]
