@@ -7,11 +7,14 @@ elements of their groups by views, so that the codes are read where they lie and
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from graphopt import _compat
 from graphopt.quantization import codecs
 from graphopt.quantization.schemes import Scheme
 
@@ -35,15 +38,63 @@ def whole_bytes(data: Tensor) -> Tensor:
     return data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
 
 
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """A format of eight bits: how many its mantissa has, and what its exponents are counted from.
+
+    most: the code of infinity (`infinite`) or of the largest number; codes above it are NaN.
+    """
+
+    mantissa: int
+    bias: int
+    most: int
+    infinite: bool
+
+
+FLOAT8 = {
+    torch.float8_e4m3fn: Float8(3, 7, 0x7E, False),
+    torch.float8_e5m2: Float8(2, 15, 0x7C, True),
+}
+"""The formats that are computed as bytes."""
+
+
 def codes(data: Tensor, dtype: torch.dtype) -> Tensor:
     """What `whole_bytes` stand for as floating point numbers; float16 and bfloat16 hold them all."""
     if data.dtype != torch.uint8:
         return data.to(dtype)
-    bits = data.int()
-    # Sign, exponent and mantissa where float32 has them; the exponents' biases differ by 120. 0x7F is the one NaN.
-    magnitude = ((bits & 127) << 20).view(torch.float32) * 2.0**120
+    return from_float8(data, torch.float8_e4m3fn).to(dtype)
+
+
+def from_float8(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the bytes of a format stand for, in float32."""
+    how, bits = FLOAT8[dtype], data.int()
+    # Sign, exponent and mantissa where float32 has them; then the exponents are counted from another number.
+    magnitude = ((bits & 127) << (23 - how.mantissa)).view(torch.float32) * 2.0 ** (127 - how.bias)
+    if how.infinite:
+        magnitude = torch.where((bits & 127) == how.most, torch.inf, magnitude)
     signed = torch.where(bits > 127, -magnitude, magnitude)
-    return torch.where((bits & 127) == 127, torch.nan, signed).to(dtype)
+    return torch.where((bits & 127) > how.most, torch.nan, signed)
+
+
+@functools.cache
+def _too_large(dtype: torch.dtype) -> int:
+    """The code that torch gives to what is too large: for e4m3 NaN or, in newer versions, the largest number."""
+    with _compat.real_execution():
+        return int(torch.tensor([torch.inf]).to(dtype).view(torch.uint8))
+
+
+def to_float8(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of the nearest number of a format, the even one of two, to each float32, as torch casts."""
+    how, bits = FLOAT8[dtype], value.view(torch.int32)
+    magnitude, step = bits & 0x7FFFFFFF, 23 - how.mantissa
+    # A carry out of the mantissa runs into the exponent, which is right.
+    rounded = magnitude + ((1 << (step - 1)) - 1) + ((magnitude >> step) & 1)
+    normal = (rounded - ((127 - how.bias) << 23)) >> step
+    # Below the least normal number they lie equally far apart.
+    small = (value.abs() * 2.0 ** (how.bias - 1 + how.mantissa)).round().int()
+    code = torch.where(value.abs() < 2.0 ** (1 - how.bias), small, normal).clamp_max(_too_large(dtype))
+    code = torch.where(value.isnan(), 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(torch.uint8)
 
 
 def rounded_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ becomes
     h, n = region_0(x, y)            # rows: reads x and y once, writes h and n once
     a = region_1(n, wg, wu)          # linear with its gate
 
-1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual, codes)
+1. A contraction takes the elementwise nodes behind it (bias, activation, gate, residual, codes: `expand_float8.py`)
    into its region, rotary embedding, other joins of its columns and norms of groups of them too (`joined_columns.py`),
    and before it what makes an operand from fewer bytes (`operands.py`): weights that are dequantised, after
    `expand_quantized.py`.
@@ -34,6 +34,7 @@ from graphopt.cost import CostModel
 from graphopt.passes.fuse.attention_regions import ATTENTIONS, erase_unread, form_attention
 from graphopt.passes.fuse.contractions import CONTRACTIONS, absorb_prologues
 from graphopt.passes.fuse.epilogues import absorb_readers
+from graphopt.passes.fuse.expand_float8 import expand_float8
 from graphopt.passes.fuse.expand_quantized import expand_quantized
 from graphopt.passes.fuse.expand_rows import expand_rows
 from graphopt.passes.fuse.extract import extract
@@ -61,6 +62,7 @@ def form_regions(graph_module: GraphModule, *, cost_model: CostModel | None = No
     erase_unread(graph_module.graph)
     expand_rows(graph_module)
     look_ups = expand_quantized(graph_module)
+    expand_float8(graph_module)
     refuse_others(graph_module.graph)
     masks = generate_masks(graph_module)
     groups = Groups(graph_module.graph, Worth(graph_module, cost_model) if cost_model is not None else None)

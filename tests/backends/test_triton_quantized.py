@@ -135,6 +135,19 @@ def test_with_few_rows_a_norm_is_the_prologue(scheme: str, rows: int, dtype: tor
     assert compiled.launches == 1
 
 
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-dynamic"])
+def test_with_many_rows_the_kernel_of_a_norm_rounds_them(scheme: str) -> None:
+    """What it stores are codes and a scale for each row; the norm's own result is not stored, nor read again."""
+    x, scale, parts = torch.randn(40, 300), torch.randn(300), packed(scheme, 24, 300)
+
+    def function(x: Tensor, scale: Tensor, *parts: Tensor) -> Tensor:
+        return operations.quantized_linear(rms_norm(x, scale), list(parts), None, scheme)
+
+    got, compiled = through_kernels(function, x, scale, *parts)
+    torch.testing.assert_close(got, function(x, scale, *parts), rtol=0.02, atol=0.08)
+    assert [kernel.kind for kernel in compiled.kernels.values()] == ["rows", "linear"]
+
+
 @pytest.mark.rotate(one_in=3)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", "nf4-g64", "int8-dynamic"])
