@@ -33,7 +33,8 @@ class CompiledGraph:
     launch it. fallbacks: what runs as ATen calls, with reasons.
 
     A kernel that fails at its first launch (it does not compile, or asks for more than the GPU has) is left out from
-    then on: its region runs as ATen calls and is listed in `fallbacks`. With `strict` the failure is raised.
+    then on: its region runs as ATen calls and is listed in `fallbacks`, and `refused` is called with its name and the
+    reason. With `strict` the failure is raised.
 
     tuner: times the configurations of each kernel with the arguments of the first call; later calls use the best.
     """
@@ -43,6 +44,7 @@ class CompiledGraph:
     ) -> None:
         self._graph_module, self._interpret, self._strict, self._tuner = graph_module, interpret, strict, tuner
         self._refused: dict[str, str] = {}
+        self.refused: Callable[[str, str], None] = lambda what, why: None
         self._chosen: dict[str, Config] = {}
         self._build()
 
@@ -117,6 +119,7 @@ class CompiledGraph:
                 if self._strict or not self._may_repeat or digest in self._refused:
                     raise
                 self._refused[digest] = f"the kernel failed: {failure.reason}"
+                self.refused(failure.name, self._refused[digest])
                 self._build()
 
 

@@ -37,7 +37,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
     from graphopt.backends import reference
 
     graph_prologue, inputs = prologue.hoist(graph_module, inputs)
-    reason = unavailable_reason()
+    reason = unavailable_reason() or _why_not_on(inputs)
     notes: list[str] = []
     if reason is None:
         from graphopt.backends.triton.compile import compile_graph as generate
@@ -63,6 +63,9 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
         boxed.clear()
         return compiled(*arguments)
 
+    artifact = Artifact(run, graph_prologue)
+    # Kernels are compiled for what they are first called with: the report hears of a failure then.
+    compiled.refused = lambda what, why: artifact.record.fall_back(what, why) if artifact.record is not None else None
     choices = [Choice(name, kernel.kind, "triton") for name, kernel in compiled.kernels.items()]
     left_out = [(f"{f.name} ({f.target})", f.reason) for f in compiled.fallbacks]
     kernels = [
@@ -70,7 +73,14 @@ def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], info: Gra
         for name, kernel in compiled.kernels.items()
     ]
     kernels.append(KernelSource("call", "python", compiled.source))
-    return Lowered(Artifact(run, graph_prologue), choices, left_out, kernels, notes)
+    return Lowered(artifact, choices, left_out, kernels, notes)
+
+
+def _why_not_on(inputs: Sequence[Any]) -> str | None:
+    """Why there are no kernels for the devices of the inputs, or None."""
+    devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
+    others = ", ".join(repr(name) for name in sorted(devices - {"cpu", "cuda"}))
+    return f"tensors are on {others}, and kernels run on 'cuda' or, interpreted, on 'cpu'" if others else None
 
 
 def _tuner(options: Options, inputs: Sequence[Any]) -> Tuner | str | None:

@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphopt
-from graphopt import backends
+from graphopt import backends, report
+from graphopt.backends.triton import interpret
+from graphopt.backends.triton.compile import KernelFailed
 from graphopt.testing import check_model
 
 
@@ -39,8 +41,8 @@ def test_auto_leaves_gpus_to_inductor() -> None:
 
 def test_report_names_kernels_and_what_was_left_to_torch() -> None:
     with torch.no_grad():
-        report = graphopt.explain(tiny_llama(), torch.arange(7)[None], options={"target": "triton"})
-    (graph,) = report.graphs
+        found = graphopt.explain(tiny_llama(), torch.arange(7)[None], options={"target": "triton"})
+    (graph,) = found.graphs
     assert graph.target == "triton"
     assert {choice.lowering for choice in graph.lowerings} == {"triton"}
     assert all(fallback.reason for fallback in graph.fallbacks)
@@ -57,3 +59,35 @@ def test_without_triton_the_graph_runs_and_the_report_says_so(monkeypatch: pytes
 
 def test_softmax_and_a_reduction_over_rows() -> None:
     check_model(lambda x: torch.softmax(x * 2, -1).sum(0), torch.randn(3, 41), options={"target": "triton"})
+
+
+def softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x * 2, -1)
+
+
+def test_a_kernel_that_fails_is_named_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **constants: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(interpret, "launch", fail)
+    x, failure = torch.randn(3, 5), "RuntimeError: out of resource: shared memory"
+    with report.collecting() as collected:
+        torch.testing.assert_close(torch.compile(softmax, backend="graphopt", options={"target": "triton"})(x),
+                                   softmax(x))
+    (fallback,) = collected.graphs[0].fallbacks
+    assert (fallback.what, fallback.reason) == ("kernel_0_rows", f"the kernel failed: {failure}")
+    torch.compiler.reset()
+    strict = torch.compile(softmax, backend="graphopt", options={"target": "triton", "strict": True})
+    with pytest.raises(KernelFailed, match=f"kernel_0_rows: {failure}"):
+        strict(x)
+
+
+def test_a_device_without_kernels_runs_and_the_report_says_so() -> None:
+    x, reason = torch.empty(3, 5, device="meta"), "tensors are on 'meta', and kernels run on 'cuda'"
+    with report.collecting() as collected:
+        assert torch.compile(softmax, backend="graphopt", options={"target": "triton"})(x).shape == (3, 5)
+    assert reason in collected.graphs[0].fallbacks[0].reason
+    torch.compiler.reset()
+    strict = torch.compile(softmax, backend="graphopt", options={"target": "triton", "strict": True})
+    with pytest.raises(Exception, match=reason):
+        strict(x)

@@ -189,9 +189,9 @@ def sizes_of(rows: int, rotated: int) -> list[tuple[int, ...]]:
     return [(1, rows, 1024), (rows, rotated), (rows, rotated), (1024, 1024), (256, 1024), (256, 1024)]
 
 
-@pytest.mark.parametrize("rows", [1, 256])
-def test_rotated_products_fit(rows: int) -> None:
-    prefilled(attention_inputs(ROTATIONS["halves"][0]), sizes_of(rows, 64), bf16)
+@pytest.mark.parametrize(("name", "rows"), [("halves", 1), ("halves", 256), ("pairs", 256)])
+def test_rotated_products_fit(name: str, rows: int) -> None:
+    prefilled(attention_inputs(ROTATIONS[name][0]), sizes_of(rows, 64), bf16)
 
 
 @pytest.mark.rotate(one_in=30)
