@@ -30,8 +30,8 @@ def pack_weight(
             weight, scheme, scale, transposed=transposed, rounding=rounding
         )
         return rounded
-    # Rows are packed by themselves, into memory that is there before what is computed on the way, which is several times
-    # as large as the rows in float32: between one such and the next a result would keep its memory from going back.
+    # Rows are packed by themselves, into memory that is there first: what is computed on the way is several times as
+    # large as the rows in float32, and a result between one such and the next would keep its memory from going back.
     rows = (weight.mT if transposed else weight).flatten(0, -2)
     layout = schemes.named(scheme).layout(rows.shape[0], rows.shape[1])
     packed = [torch.empty(shape, dtype=dtype, device=rows.device) for shape, dtype in layout]
